@@ -1,0 +1,169 @@
+#include <pybind11/stl.h>
+
+#include "base/errors.h"
+#include "bindings/bindings.h"
+#include "bootstrap/mpi_bootstrap.h"
+#include "bootstrap/thread_bootstrap.h"
+#include "engine/engine.h"
+#include "transports/plugin_transport.h"
+#include "transports/thread_transport.h"
+
+namespace py = pybind11;
+
+namespace adareduce {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+
+// The engine, or nothing in a process that was forked from the one that has it.
+struct EngineHolder {
+  std::unique_ptr<Engine> engine;
+
+  Engine& get() {
+    if (engine == nullptr) throw UsageError("this engine belongs to the parent of this process");
+    return *engine;
+  }
+};
+
+struct EventLevelNames {
+  static const char* of(EventLog::Level level) {
+    constexpr const char* kNames[] = {"DEBUG", "INFO", "WARNING", "ERROR"};
+    return kNames[static_cast<int>(level)];
+  }
+};
+
+using TensorTuple = std::tuple<std::vector<std::int64_t>, std::uintptr_t, std::uintptr_t>;
+
+Request make_request(int collective, std::string name, int dtype, int op, Rank root,
+                     double prescale, double postscale, const std::vector<TensorTuple>& tensors) {
+  Request request;
+  request.collective = static_cast<Collective>(collective);
+  request.name = std::move(name);
+  request.dtype = static_cast<DType>(dtype);
+  request.op = static_cast<ReduceOp>(op);
+  request.root = root;
+  request.prescale = prescale;
+  request.postscale = postscale;
+  for (const auto& [shape, input, output] : tensors)
+    request.tensors.push_back(
+        {shape, reinterpret_cast<const void*>(input), reinterpret_cast<void*>(output)});
+  return request;
+}
+
+EngineHolder over_threads(const std::shared_ptr<ThreadWorld>& world, Rank rank,
+                          const Settings& settings) {
+  auto bootstrap = std::make_shared<ThreadBootstrap>(world, rank);
+  auto transports = std::make_shared<ThreadTransportProvider>(*bootstrap);
+  return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
+}
+
+EngineHolder over_mpi(const py::capsule& plugin, std::int64_t handle, const std::vector<Rank>& ranks,
+                      const Settings& settings) {
+  const auto* table = plugin.get_pointer<adareduce_mpi_plugin>();
+  const py::gil_scoped_release no_gil;
+  auto bootstrap = MpiBootstrap::make(table, handle, ranks);
+  auto transports = std::make_shared<MpiTransportProvider>(bootstrap);
+  return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
+}
+
+void bind_handle(py::module_& module) {
+  py::class_<Buffer, std::shared_ptr<Buffer>>(module, "Memory", py::buffer_protocol())
+      .def_buffer([](Buffer& memory) {
+        return py::buffer_info(static_cast<std::uint8_t*>(memory.data()),
+                               static_cast<py::ssize_t>(memory.bytes()));
+      });
+  py::class_<Handle, std::shared_ptr<Handle>>(module, "Handle")
+      .def("is_finished", &Handle::is_finished)
+      .def(
+          "wait_for",
+          [](const Handle& handle, double seconds) { return handle.wait_for(Seconds{seconds}); },
+          py::arg("seconds"), NoGil())
+      .def("rethrow", &Handle::rethrow)
+      .def("gathered", [](const Handle& handle) {
+        std::vector<std::pair<std::shared_ptr<Buffer>, std::vector<std::int64_t>>> results;
+        for (const GatheredTensor& tensor : handle.gathered())
+          results.emplace_back(tensor.memory, tensor.shape);
+        return results;
+      });
+}
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  py::class_<Settings>(module, "Settings")
+      .def(py::init([](double warn_after, double fail_after) {
+             Settings settings;
+             settings.warn_after = Seconds{warn_after};
+             settings.fail_after = Seconds{fail_after};
+             return settings;
+           }),
+           py::kw_only(), py::arg("warn_after"), py::arg("fail_after"));
+  py::class_<ThreadWorld, std::shared_ptr<ThreadWorld>>(module, "ThreadWorld")
+      .def(py::init<int>(), py::arg("size"));
+  bind_handle(module);
+
+  py::class_<EngineHolder>(module, "Engine")
+      .def_static("over_threads", &over_threads, py::arg("world"), py::arg("rank"),
+                  py::arg("settings"), NoGil())
+      .def_static("over_mpi", &over_mpi, py::arg("plugin"), py::arg("handle"), py::arg("ranks"),
+                  py::arg("settings"))
+      .def(
+          "submit",
+          [](EngineHolder& self, int process_set, int collective, std::string name, int dtype,
+             int op, Rank root, double prescale, double postscale,
+             const std::vector<TensorTuple>& tensors) {
+            return self.get().submit(process_set,
+                                     make_request(collective, std::move(name), dtype, op, root,
+                                                  prescale, postscale, tensors));
+          },
+          py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
+          py::arg("dtype"), py::arg("op"), py::arg("root"), py::arg("prescale"),
+          py::arg("postscale"), py::arg("tensors"))
+      .def(
+          "reject",
+          [](EngineHolder& self, int process_set, bool is_barrier, const std::string& reason) {
+            self.get().reject(process_set, is_barrier, reason);
+          },
+          py::kw_only(), py::arg("process_set"), py::arg("is_barrier"), py::arg("reason"))
+      .def(
+          "add_process_set",
+          [](EngineHolder& self, const std::vector<Rank>& ranks) {
+            return self.get().add_process_set(ranks);
+          },
+          py::arg("ranks"), NoGil())
+      .def(
+          "leave",
+          [](EngineHolder& self, const std::string& reason, bool is_orderly) {
+            return self.get().leave(reason, is_orderly);
+          },
+          py::kw_only(), py::arg("reason"), py::arg("is_orderly"))
+      .def("breakage", [](EngineHolder& self) { return self.get().breakage(); })
+      .def(
+          "stop", [](EngineHolder& self) { self.engine.reset(); }, NoGil())
+      .def("forget", [](EngineHolder& self) { (void)self.engine.release(); })
+      .def(
+          "next_event",
+          [](EngineHolder& self, double seconds)
+              -> std::optional<std::pair<std::string, std::string>> {
+            const auto event = self.get().log().next(Seconds{seconds});
+            if (!event) return std::nullopt;
+            return {{EventLevelNames::of(event->level), event->text}};
+          },
+          py::arg("seconds"), NoGil())
+      .def("close_log", [](EngineHolder& self) { self.get().log().close(); })
+      .def("is_log_closed", [](EngineHolder& self) { return self.get().log().is_closed(); })
+      .def_property_readonly("rank", [](EngineHolder& self) { return self.get().layout().rank; })
+      .def_property_readonly("size", [](EngineHolder& self) { return self.get().layout().size; })
+      .def_property_readonly("local_rank",
+                             [](EngineHolder& self) { return self.get().layout().local_rank; })
+      .def_property_readonly("local_size",
+                             [](EngineHolder& self) { return self.get().layout().local_size; })
+      .def_property_readonly("cross_rank",
+                             [](EngineHolder& self) { return self.get().layout().cross_rank; })
+      .def_property_readonly("cross_size",
+                             [](EngineHolder& self) { return self.get().layout().cross_size; })
+      .def_property_readonly("is_homogeneous",
+                             [](EngineHolder& self) { return self.get().layout().homogeneous; });
+}
+
+}  // namespace adareduce

@@ -1,0 +1,11 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+// One function per group of bindings; module.cpp is their table of contents.
+namespace adareduce {
+
+void bind_errors(pybind11::module_& module);
+void bind_engine(pybind11::module_& module);
+void bind_testing(pybind11::module_& module);
+
+}  // namespace adareduce

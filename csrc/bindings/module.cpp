@@ -1,0 +1,9 @@
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Engine, collectives and CPU kernels of adareduce. Links neither MPI nor CUDA.";
+  adareduce::bind_errors(module);
+  adareduce::bind_engine(module);
+  auto testing = module.def_submodule("testing", "Schedules as values and kernel entries.");
+  adareduce::bind_testing(testing);
+}

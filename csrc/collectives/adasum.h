@@ -1,0 +1,19 @@
+#pragma once
+#include <span>
+
+#include "collectives/adasum_schedule.h"
+#include "collectives/context.h"
+#include "collectives/task.h"
+
+namespace adareduce {
+
+/// Doubles of statistics that a schedule needs for `num_segments` tensors.
+std::int64_t adasum_stats_numel(std::span<const AdasumLevel> schedule, std::int64_t num_segments);
+
+/// Replaces every tensor of `buffer` by its Adasum over all ranks, with the same bits on each.
+/// Collective. `buffer.scratch` is as large as `data`; `stats` lies on the device of `data`.
+/// The arguments stay until the task has ended. Source: arXiv 2006.02924, algorithm 1.
+Task adasum_allreduce(Context context, FusedBuffer buffer, std::span<const AdasumLevel> schedule,
+                      std::span<double> stats);
+
+}  // namespace adareduce

@@ -1,0 +1,198 @@
+#include "engine/engine.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/errors.h"
+
+namespace adareduce {
+namespace {
+
+// Once all ranks have begun, only bytes are missing and the transport needs the processor to move
+// them. A peer that was stopped in the middle costs this much before the worker goes to sleep.
+constexpr Seconds kSpinForBytes{1.0};
+constexpr Seconds kFirstSleep{20e-6};
+
+// Last words of a process may still be on their way when its end is noticed.
+constexpr Seconds kGraceAfterDeath{0.2};
+
+std::vector<Rank> all_ranks(int size) {
+  std::vector<Rank> ranks(static_cast<std::size_t>(size));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  return ranks;
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportProvider> transports,
+               Settings settings)
+    : settings_(settings),
+      bootstrap_(std::move(bootstrap)),
+      transports_(std::move(transports)),
+      layout_(discover_layout(*bootstrap_, describe_this_process(), settings_.fail_after)),
+      liveness_(bootstrap_->kind() == "threads" ? Liveness()
+                                                : Liveness(layout_.processes, layout_.rank)) {
+  bootstrap_->barrier(settings_.fail_after);  // connecting blocks for ever if a rank is missing
+  const std::vector<Rank> ranks = all_ranks(layout_.size);
+  sets_.push_back(std::make_shared<ProcessSet>("the global process set", ranks,
+                                               transports_->connect(ranks, kGlobalSet), kCpuKernels,
+                                               settings_, log_));
+  worker_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() {
+  must_stop_.store(true, std::memory_order_release);
+  wakeup_.wake();
+  worker_.join();
+  log_.close();
+}
+
+int Engine::add_process_set(const std::vector<Rank>& ranks) {
+  if (ranks.empty() || !std::is_sorted(ranks.begin(), ranks.end()) ||
+      std::adjacent_find(ranks.begin(), ranks.end()) != ranks.end() || ranks.front() < 0 ||
+      ranks.back() >= layout_.size)
+    throw UsageError(concat("add_process_set: ranks must be increasing and in [0, ", layout_.size,
+                            "), got [", join_words(ranks), "]"));
+  int id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    id = static_cast<int>(sets_.size());
+  }
+  const auto barrier = submit(kGlobalSet, Request{});
+  while (!barrier->wait_for(Seconds{1.0})) continue;  // the engine's own deadline ends this
+  barrier->rethrow();
+
+  std::shared_ptr<ProcessSet> set;
+  if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end())
+    set = std::make_shared<ProcessSet>(concat("process set ", id), ranks,
+                                       transports_->connect(ranks, id), kCpuKernels, settings_,
+                                       log_);
+  {
+    const std::lock_guard lock(mutex_);
+    sets_.push_back(std::move(set));
+  }
+  wakeup_.wake();
+  return id;
+}
+
+std::shared_ptr<ProcessSet> Engine::find(int process_set) {
+  const std::lock_guard lock(mutex_);
+  if (process_set < 0 || process_set >= static_cast<int>(sets_.size()))
+    throw UsageError(concat("process_set must be in [0, ", sets_.size(), "), got ", process_set));
+  const auto set = sets_[static_cast<std::size_t>(process_set)];
+  if (set == nullptr)
+    throw UsageError(concat("process_set ", process_set, " does not contain rank ", layout_.rank));
+  return set;
+}
+
+std::shared_ptr<Handle> Engine::submit(int process_set, Request request) {
+  const auto set = find(process_set);
+  check(request, set->size());
+  auto handle = set->submit(std::move(request));
+  wakeup_.wake();
+  return handle;
+}
+
+void Engine::reject(int process_set, bool is_barrier, const std::string& reason) {
+  Request request;
+  request.collective = is_barrier ? Collective::barrier : Collective::allreduce;
+  request.flags = kRejected;
+  request.reason = reason;
+  try {
+    find(process_set)->submit(std::move(request));
+  } catch (const Error&) {
+    return;  // the caller is about to hear of a nearer mistake
+  }
+  wakeup_.wake();
+}
+
+std::vector<std::shared_ptr<Handle>> Engine::leave(const std::string& reason, bool is_orderly) {
+  std::vector<std::shared_ptr<Handle>> handles;
+  for (const auto& set : snapshot()) {
+    auto of_set = set->submit_departure(reason, is_orderly);
+    handles.insert(handles.end(), of_set.begin(), of_set.end());
+  }
+  wakeup_.wake();
+  return handles;
+}
+
+std::string Engine::breakage() {
+  for (const auto& set : snapshot())
+    if (set->is_broken()) return set->problem().value_or("");
+  return "";
+}
+
+Engine::Sets Engine::snapshot() {
+  const std::lock_guard lock(mutex_);
+  Sets sets;
+  std::copy_if(sets_.begin(), sets_.end(), std::back_inserter(sets),
+               [](const auto& set) { return set != nullptr; });
+  return sets;
+}
+
+// ---- the worker ---------------------------------------------------------------------------------
+
+void Engine::run() {
+  Clock::time_point last_move = Clock::now();
+  Clock::time_point last_service = last_move;
+  Seconds nap = kFirstSleep;
+  while (!must_stop_.load(std::memory_order_acquire)) {
+    const Sets sets = snapshot();
+    const Clock::time_point now = Clock::now();
+    bool has_moved = false, is_busy = false, is_moving_bytes = false;
+    for (const auto& set : sets) {
+      has_moved |= set->progress(now);
+      is_busy |= set->is_busy();
+      is_moving_bytes |= set->is_moving_bytes();
+    }
+    if (has_moved) {
+      last_move = now;
+      nap = kFirstSleep;
+      continue;
+    }
+    if (is_busy && now - last_move < (is_moving_bytes ? kSpinForBytes : settings_.spin_for)) {
+      sched_yield();  // ranks may outnumber the cores
+      continue;
+    }
+    report_deaths(sets, now);
+    if (!is_busy || now - last_service >= settings_.idle_tick) {
+      last_service = now;
+      for (const auto& set : sets) set->serve_peers(now);
+    }
+    if (!is_busy) {
+      // The descriptor of a process that has ended stays readable: no sleep would last.
+      if (death_seen_ == Clock::time_point{})
+        wakeup_.sleep(settings_.idle_tick, liveness_.descriptors());
+      else
+        wakeup_.sleep(std::min(settings_.idle_tick, kGraceAfterDeath / 2), {});
+      last_move = Clock::now();
+      nap = kFirstSleep;
+    } else {
+      wakeup_.sleep(nap, {});
+      nap = std::min(2 * nap, settings_.longest_sleep);
+    }
+  }
+}
+
+void Engine::report_deaths(const Sets& sets, Clock::time_point now) {
+  const std::vector<Rank> dead = liveness_.dead();
+  if (dead.empty()) return;
+  if (death_seen_ == Clock::time_point{}) death_seen_ = now;
+  if (now - death_seen_ < kGraceAfterDeath) return;
+  for (const auto& set : sets) {
+    std::vector<Rank> lost;
+    for (const Rank rank : set->ranks())
+      if (std::find(dead.begin(), dead.end(), rank) != dead.end()) lost.push_back(rank);
+    if (lost.empty() || set->is_over()) continue;
+    std::string who;
+    for (const Rank rank : lost)
+      who += concat(who.empty() ? "" : ", ", "rank ", rank, " (process ",
+                    layout_.processes[static_cast<std::size_t>(rank)].pid, " on ",
+                    layout_.processes[static_cast<std::size_t>(rank)].host, ")");
+    set->break_down(concat(who, lost.size() == 1 ? " has died" : " have died"));
+  }
+}
+
+}  // namespace adareduce

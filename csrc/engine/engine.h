@@ -1,0 +1,73 @@
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "bootstrap/liveness.h"
+#include "engine/process_set.h"
+#include "engine/wakeup.h"
+
+namespace adareduce {
+
+/// Decides when things happen. An object, so that several can live in one process as threads; no
+/// globals. One worker thread drives all process sets; it sleeps while there is nothing to do.
+class Engine {
+ public:
+  static constexpr int kGlobalSet = 0;
+
+  /// Connects the set of all ranks. Collective over the bootstrap; blocks, at most `fail_after`.
+  Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportProvider> transports,
+         Settings settings);
+  /// Stops the worker. Not collective: call leave() first where peers should know.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const Layout& layout() const { return layout_; }
+  EventLog& log() { return log_; }
+
+  /// A set over some of the ranks, increasing. Collective over all ranks of the engine, in the same
+  /// order; blocks. Returns its id, the same everywhere, on ranks outside the set too.
+  int add_process_set(const std::vector<Rank>& ranks);
+
+  /// Queues a request and returns. Ranks of the set submit in the same order.
+  /// Throws UsageError for an unknown set, a rank outside it or an impossible request;
+  /// TransportError where the set is broken.
+  std::shared_ptr<Handle> submit(int process_set, Request request);
+
+  /// Takes the place of a request that this rank's caller got wrong, so that the others raise.
+  void reject(int process_set, bool is_barrier, const std::string& reason);
+
+  /// Tells all ranks that this one goes. The handles end when they have taken note, or when that
+  /// has failed. `is_orderly`: not because of an error, so that the others may take their time.
+  std::vector<std::shared_ptr<Handle>> leave(const std::string& reason, bool is_orderly);
+
+  /// Why the engine cannot be left in peace: a dead or silent rank. Empty if all is well.
+  std::string breakage();
+
+ private:
+  using Sets = std::vector<std::shared_ptr<ProcessSet>>;
+
+  std::shared_ptr<ProcessSet> find(int process_set);
+  Sets snapshot();
+  void run();
+  void report_deaths(const Sets& sets, Clock::time_point now);
+
+  const Settings settings_;
+  const std::shared_ptr<Bootstrap> bootstrap_;
+  const std::shared_ptr<TransportProvider> transports_;
+  const Layout layout_;
+  EventLog log_;
+  Liveness liveness_;
+  Wakeup wakeup_;
+  Clock::time_point death_seen_{};
+
+  std::mutex mutex_;
+  Sets sets_;  // by id; null on ranks outside the set. Guarded by mutex_
+  std::atomic<bool> must_stop_{false};
+  std::thread worker_;  // last: it uses all of the above
+};
+
+}  // namespace adareduce

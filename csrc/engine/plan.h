@@ -1,0 +1,50 @@
+#pragma once
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "collectives/allreduce.h"
+#include "collectives/broadcast.h"
+#include "engine/request.h"
+
+namespace adareduce {
+
+/// Everything about a request that does not depend on its data: a pure function of the rank, the
+/// number of ranks and the request's shapes, dtype and op. Built once, then looked up.
+struct Plan {
+  DType dtype = DType::f32;
+  std::vector<TensorSegment> segments;  ///< one per tensor, in order
+  std::int64_t numel = 0;               ///< of the fused buffer, padding included
+  AllreducePlan allreduce;
+  BroadcastSchedule broadcast;
+
+  SegmentTable table() const {
+    return {segments.data(), nullptr, static_cast<std::int64_t>(segments.size())};
+  }
+  std::size_t fused_bytes() const { return static_cast<std::size_t>(numel * size_of(dtype)); }
+  std::size_t scratch_bytes() const {
+    return static_cast<std::size_t>(allreduce.scratch_numel * size_of(dtype));
+  }
+};
+
+/// Where each tensor of `numels` lies in a fused buffer: one after the other, each on a multiple of
+/// kShardAlignment elements. Returns the segments and the buffer's length.
+std::pair<std::vector<TensorSegment>, std::int64_t> lay_out(const std::vector<std::int64_t>& numels);
+
+Plan make_plan(const Request& request, Rank rank, int size);
+
+/// Plans of one process set. Used by one thread.
+class PlanCache {
+ public:
+  PlanCache(Rank rank, int size) : rank_(rank), size_(size) {}
+  std::shared_ptr<const Plan> get(const Request& request);
+
+  static constexpr std::size_t kMaxPlans = 1024;
+
+ private:
+  Rank rank_;
+  int size_;
+  std::unordered_map<Signature, std::shared_ptr<const Plan>, SignatureHash> plans_;
+};
+
+}  // namespace adareduce

@@ -1,0 +1,119 @@
+#pragma once
+#include <array>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "collectives/task.h"
+#include "engine/agreement.h"
+#include "engine/event_log.h"
+#include "engine/handle.h"
+#include "engine/plan.h"
+#include "engine/presence.h"
+#include "engine/settings.h"
+
+namespace adareduce {
+
+/// Some ranks, their two transports, and the queues of what they are to do together.
+///
+/// Requests run one after the other in the order of submission, which is the same on every rank.
+/// Barriers have a channel of their own, so that they overtake requests. submit() may be called by
+/// any thread, everything else by the engine's worker.
+class ProcessSet {
+ public:
+  /// `ranks` are global and increasing. `name` is for people.
+  ProcessSet(std::string name, std::vector<Rank> ranks, TransportPair transports,
+             const KernelTable& kernels, const Settings& settings, EventLog& log);
+  ~ProcessSet();
+  ProcessSet(const ProcessSet&) = delete;
+  ProcessSet& operator=(const ProcessSet&) = delete;
+
+  const std::string& name() const { return name_; }
+  const std::vector<Rank>& ranks() const { return ranks_; }
+  Rank rank() const { return transports_.data->rank(); }  ///< of this process, in the set
+  int size() const { return transports_.data->size(); }
+
+  /// Queues a request. Throws TransportError when the set is broken or a rank has left it.
+  std::shared_ptr<Handle> submit(Request request);
+  /// Queues the departure of this rank on every channel that is still open. Throws nothing.
+  std::vector<std::shared_ptr<Handle>> submit_departure(const std::string& reason, bool is_orderly);
+
+  /// Moves everything as far as it goes without waiting. True if anything moved.
+  bool progress(Clock::time_point now);
+  /// Something is queued or under way.
+  bool is_busy();
+  /// All ranks of the request under way have begun it, so that what is missing are only bytes.
+  bool is_moving_bytes() const;
+  /// Answers the questions of peers that wait.
+  void serve_peers(Clock::time_point now);
+  /// Ends everything with this error; nothing can be submitted afterwards. `tell_peers`: on them too.
+  void break_down(const std::string& text, bool tell_peers = true);
+  /// Why nothing can be submitted, if so; and whether messages may be lost (a clean departure of
+  /// all ranks loses none).
+  std::optional<std::string> problem();
+  bool is_broken();
+  /// All ranks have left in agreement, or the set is broken.
+  bool is_over();
+
+ private:
+  struct Work {
+    Request request;
+    std::shared_ptr<Handle> handle;
+    std::shared_ptr<const Plan> plan;
+    Header header;
+  };
+  struct Channel {
+    int header_tag = 0;
+    int record_tag = 0;
+    std::uint64_t submitted = 0;          // guarded by mutex_
+    std::deque<Work> queue;               // guarded by mutex_
+    bool is_closed = false;               // guarded by mutex_
+    std::optional<Work> current;          // worker only, like all below
+    std::optional<Task> task;
+    bool is_agreed = false;
+    std::uint64_t seen_exchanges = 0;
+    Clock::time_point waiting_since{};
+    Clock::time_point asked_at{};
+    Seconds reported{0};
+  };
+  enum { kRequests = 0, kBarriers = 1, kNumChannels = Presence::kNumChannels };
+
+  std::shared_ptr<Handle> enqueue(Channel& channel, Request request);
+  bool progress_channel(int index, Clock::time_point now);
+  bool start_next(Channel& channel, Clock::time_point now);
+  void prepare(Work& work);
+  Task run(Channel& channel);
+  Task perform(Work& work);
+  Task perform_allreduce(Work& work);
+  Task perform_broadcast(Work& work);
+  Task perform_allgather(Work& work);
+  void settle(Channel& channel, const std::vector<Record>& records);
+  void close(Channel& channel, const std::string& why);
+  void watch(int index, Clock::time_point now);
+  void end_current(Channel& channel);
+  Presence::Progress my_progress();
+
+  const std::string name_;
+  const std::vector<Rank> ranks_;
+  TransportPair transports_;
+  const KernelTable& kernels_;
+  const Settings settings_;
+  EventLog& log_;
+  PlanCache plans_;
+  Presence presence_;
+  std::array<Channel, kNumChannels> channels_;
+
+  Buffer data_;
+  Buffer scratch_;
+  Buffer stats_;
+
+  std::mutex mutex_;
+  std::optional<std::string> problem_;  // guarded by mutex_
+  bool is_broken_ = false;              // guarded by mutex_
+  std::string last_call_;               // guarded by mutex_
+};
+
+}  // namespace adareduce

@@ -1,0 +1,71 @@
+#pragma once
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/hash.h"
+#include "base/types.h"
+
+namespace adareduce {
+
+/// What a request asks for. The codes cross the Python border and the wire.
+enum class Collective : std::uint8_t { allreduce = 0, broadcast = 1, allgather = 2, barrier = 3 };
+inline constexpr int kNumCollectives = 4;
+
+std::string_view name_of(Collective collective);
+
+/// A dense tensor of the caller's, which keeps it alive until the request has ended.
+struct TensorArg {
+  std::vector<std::int64_t> shape;
+  const void* input = nullptr;
+  void* output = nullptr;  ///< may be `input`; null where the result's size is not known before
+
+  std::int64_t numel() const;
+};
+
+/// What a rank posts besides, or instead of, the wish to run a collective.
+enum RequestFlags : std::uint32_t {
+  kNormal = 0,
+  kJoined = 1,    ///< this rank has no more data; it serves the others with zeros
+  kLeaving = 2,   ///< this rank shuts down: there will be no further request from it
+  kRejected = 4,  ///< this rank's caller made a mistake that it alone could see
+  kFailed = 8,    ///< this rank could not prepare, for want of memory say
+  kDiffers = 16,  ///< set by the agreement: not all ranks asked for the same
+};
+
+/// One call of one rank. A grouped call is one request.
+struct Request {
+  Collective collective = Collective::barrier;
+  std::string name;
+  DType dtype = DType::u8;
+  Device device;
+  ReduceOp op = ReduceOp::sum;
+  Rank root = 0;  ///< of the process set
+  double prescale = 1.0;
+  double postscale = 1.0;
+  std::vector<TensorArg> tensors;
+
+  std::uint32_t flags = kNormal;
+  std::string reason;            ///< why it is flagged, for people
+  bool is_orderly = true;        ///< of kLeaving: not because of an error
+};
+
+/// Throws UsageError for what no collective of `num_ranks` ranks can do. Python checks with better
+/// words; this keeps a mistake there from becoming a crash.
+void check(const Request& request, int num_ranks);
+
+/// Equal on two ranks if and only if (but for chance) their requests fit together. What may differ
+/// between ranks, such as the first dimension of an allgather, is left out.
+Signature signature_of(const Request& request);
+
+/// The same as words: ("dtype", "float32"), ...
+std::vector<std::pair<std::string, std::string>> fields_of(const Request& request);
+
+/// One line for people: allreduce(name='x', dtype=float32, op=Sum, shape=(5, 8)).
+std::string describe(const Request& request);
+
+/// "(5, 8)", as Python writes it.
+std::string shape_text(const std::vector<std::int64_t>& shape);
+
+}  // namespace adareduce

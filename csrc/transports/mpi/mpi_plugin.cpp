@@ -1,0 +1,455 @@
+// The only file that includes MPI's headers. Inside: C++20, and a failed call throws Failure.
+// At the border: guarded() turns everything into a status and a text.
+#define OMPI_SKIP_MPICXX 1
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#if defined(OPEN_MPI) && __has_include(<mpi-ext.h>)
+#include <mpi-ext.h>
+#endif
+
+#include <atomic>
+#include <bit>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "transports/mpi/mpi_plugin_table.h"
+
+struct adareduce_comm {
+  MPI_Comm native = MPI_COMM_NULL;
+  int rank = 0;
+  int size = 1;
+};
+
+struct adareduce_op {
+  // What one request moves; parallel to `requests`.
+  struct Piece {
+    int peer = -1;  // -1: a collective
+    int bytes = 0;
+    bool receives = false;
+  };
+
+  adareduce_comm* comm = nullptr;
+  std::vector<MPI_Request> requests;
+  std::vector<Piece> pieces;
+  std::vector<int> finished;  // outputs of MPI_Testsome, kept to allocate once
+  std::vector<MPI_Status> statuses;
+  std::size_t remaining = 0;
+
+  MPI_Request& add(Piece piece) {
+    pieces.push_back(piece);
+    return requests.emplace_back(MPI_REQUEST_NULL);
+  }
+};
+
+namespace {
+
+std::atomic<std::int64_t> g_max_message_bytes{std::int64_t{1} << 30};
+
+// A tag for MPI_Comm_create_group on a communicator that is not ours: unlikely to be anyone else's.
+constexpr int kAdoptTag = 19162;
+// A short message has arrived whole once it can be matched; the limit only guards against a sender
+// that stopped in the middle of one.
+constexpr int kReceiveTests = 1'000'000;
+
+struct Failure {
+  int code;  // MPI's, or MPI_SUCCESS where MPI itself found nothing wrong
+  int peer;
+  std::string text;
+};
+
+std::string words_of(int code) {
+  char words[MPI_MAX_ERROR_STRING] = "";
+  int length = 0;
+  MPI_Error_string(code, words, &length);
+  return words;
+}
+
+void check(int code, const char* call, int line, int peer = -1) {
+  if (code == MPI_SUCCESS) return;
+  std::string text = std::string(call) + " at mpi_plugin.cpp:" + std::to_string(line);
+  if (peer >= 0) text += ", message of rank " + std::to_string(peer);
+  throw Failure{code, peer, text + ": " + words_of(code)};
+}
+#define CHECK_MPI(call) check((call), #call, __LINE__)
+#define CHECK_MPI_PEER(call, peer) check((call), #call, __LINE__, (peer))
+
+void require(bool condition, const std::string& text, int peer = -1) {
+  if (!condition) throw Failure{MPI_SUCCESS, peer, text};
+}
+
+int32_t is_usable() {
+  int initialized = 0, finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  return initialized && !finalized;
+}
+
+int class_of(int code) {
+  int error_class = code;
+  MPI_Error_class(code, &error_class);
+  return error_class;
+}
+
+bool means_dead_process(int code) {
+  if (code == MPI_SUCCESS) return false;
+#ifdef MPIX_ERR_PROC_FAILED
+  const int error_class = class_of(code);
+  return error_class == MPIX_ERR_PROC_FAILED || error_class == MPIX_ERR_PROC_FAILED_PENDING;
+#else
+  // Built for an older Open MPI, perhaps running with one that knows (the SONAME is the same).
+  return words_of(code).find("PROC_FAILED") != std::string::npos;
+#endif
+}
+
+// A rank that MPI knows to be dead: `suspect` if it is one of them or if MPI cannot tell.
+int dead_rank([[maybe_unused]] const adareduce_comm& comm, int suspect) {
+#ifdef MPIX_ERR_PROC_FAILED
+  MPI_Group everyone = MPI_GROUP_NULL, failed = MPI_GROUP_NULL;
+  if (MPIX_Comm_get_failed(comm.native, &failed) != MPI_SUCCESS) return suspect;
+  int first = suspect, count = 0;
+  MPI_Group_size(failed, &count);
+  MPI_Comm_group(comm.native, &everyone);
+  for (int i = 0; i < count; ++i) {
+    int rank = MPI_UNDEFINED;
+    MPI_Group_translate_ranks(failed, 1, &i, everyone, &rank);
+    if (i == 0 || rank == suspect) first = rank;
+  }
+  MPI_Group_free(&everyone);
+  // An empty result may be the constant MPI_GROUP_EMPTY.
+  if (failed != MPI_GROUP_EMPTY) MPI_Group_free(&failed);
+  return first;
+#else
+  return suspect;
+#endif
+}
+
+void write(adareduce_error* error, int status, int peer, const adareduce_comm* comm,
+           const char* text) {
+  if (error == nullptr) return;
+  error->status = status;
+  error->peer = peer;
+  if (comm != nullptr) {
+    std::snprintf(error->text, sizeof error->text, "rank %d of a group of %d: %s", comm->rank,
+                  comm->size, text);
+  } else {
+    std::snprintf(error->text, sizeof error->text, "%s", text);
+  }
+}
+
+// Runs `body` where MPI may be called; `comm` (or null) is the communicator that errors belong to.
+template <typename Body>
+int32_t guarded(const adareduce_comm* comm, adareduce_error* error, Body body) noexcept {
+  try {
+    require(is_usable(), "MPI is not initialised, or finalised already");
+    body();
+    return ADAREDUCE_OK;
+  } catch (const Failure& failure) {
+    const bool dead = means_dead_process(failure.code);
+    const int peer = dead && comm != nullptr ? dead_rank(*comm, failure.peer) : failure.peer;
+    const int status = dead ? ADAREDUCE_PEER_DEAD : ADAREDUCE_ERROR;
+    write(error, status, peer, comm, failure.text.c_str());
+    return status;
+  } catch (const std::exception& exception) {
+    write(error, ADAREDUCE_ERROR, -1, comm, exception.what());
+    return ADAREDUCE_ERROR;
+  }
+}
+
+adareduce_comm* own(MPI_Comm native) {
+  auto comm = std::make_unique<adareduce_comm>();
+  comm->native = native;
+  CHECK_MPI(MPI_Comm_set_errhandler(native, MPI_ERRORS_RETURN));
+  CHECK_MPI(MPI_Comm_rank(native, &comm->rank));
+  CHECK_MPI(MPI_Comm_size(native, &comm->size));
+  return comm.release();
+}
+
+adareduce_comm* create_group(MPI_Comm parent, const int32_t* ranks, int32_t count, int32_t tag) {
+  MPI_Group everyone = MPI_GROUP_NULL, chosen = MPI_GROUP_NULL;
+  MPI_Comm created = MPI_COMM_NULL;
+  CHECK_MPI(MPI_Comm_group(parent, &everyone));
+  int code = MPI_Group_incl(everyone, count, ranks, &chosen);
+  MPI_Group_free(&everyone);
+  check(code, "MPI_Group_incl(everyone, count, ranks, &chosen)", __LINE__);
+  code = MPI_Comm_create_group(parent, chosen, tag, &created);
+  MPI_Group_free(&chosen);
+  check(code, "MPI_Comm_create_group(parent, chosen, tag, &created)", __LINE__);
+  require(created != MPI_COMM_NULL, "MPI_Comm_create_group: this rank is not among the ranks");
+  return own(created);
+}
+
+int32_t adopt(uint64_t handle, const int32_t* ranks, int32_t count, adareduce_comm** out,
+              adareduce_error* error) {
+  return guarded(nullptr, error, [&] {
+    // mpi4py gives the pointer (Open MPI, MPI's ABI) or the int (MPICH), whose low bits suffice.
+    using Bits = std::conditional_t<sizeof(MPI_Comm) == 4, std::uint32_t, std::uint64_t>;
+    const auto theirs = std::bit_cast<MPI_Comm>(static_cast<Bits>(handle));
+    int is_inter = 0;
+    CHECK_MPI(MPI_Comm_test_inter(theirs, &is_inter));
+    require(!is_inter, "communicator must be an intracommunicator, got an intercommunicator");
+    if (count > 0) {
+      *out = create_group(theirs, ranks, count, kAdoptTag);
+    } else {
+      MPI_Comm copy = MPI_COMM_NULL;
+      CHECK_MPI(MPI_Comm_dup(theirs, &copy));
+      *out = own(copy);
+    }
+  });
+}
+
+int32_t create(adareduce_comm* parent, const int32_t* ranks, int32_t count, int32_t tag,
+               adareduce_comm** out, adareduce_error* error) {
+  return guarded(parent, error,
+                 [&] { *out = create_group(parent->native, ranks, count, tag); });
+}
+
+int32_t free_comm(adareduce_comm* comm, int32_t abandon, adareduce_error* error) {
+  const std::unique_ptr<adareduce_comm> owner(comm);
+  if (abandon || !is_usable()) return ADAREDUCE_OK;  // MPI_Finalize frees what is left
+  return guarded(comm, error, [&] { CHECK_MPI(MPI_Comm_free(&comm->native)); });
+}
+
+// Calls post(offset, bytes) for each MPI message of `bytes`; both sides derive the same pieces.
+template <typename Post>
+void split(std::int64_t bytes, std::int64_t most, Post post) {
+  std::int64_t offset = 0;
+  do {
+    const auto piece = static_cast<int>(bytes - offset < most ? bytes - offset : most);
+    post(offset, piece);
+    offset += piece;
+  } while (offset < bytes);
+}
+
+void post(adareduce_op& op, int tag, const adareduce_message& message, bool receives,
+          std::int64_t most) {
+  require(message.peer >= 0 && message.peer < op.comm->size && message.bytes >= 0,
+          "peer must be a rank of the group and bytes >= 0, got peer " +
+              std::to_string(message.peer) + " and " + std::to_string(message.bytes) + " bytes");
+  auto* data = static_cast<char*>(message.data);
+  split(message.bytes, most, [&](std::int64_t offset, int bytes) {
+    void* piece = data == nullptr ? nullptr : data + offset;
+    MPI_Request& request = op.add({message.peer, bytes, receives});
+    if (receives) {
+      CHECK_MPI_PEER(
+          MPI_Irecv(piece, bytes, MPI_BYTE, message.peer, tag, op.comm->native, &request),
+          message.peer);
+    } else {
+      CHECK_MPI_PEER(
+          MPI_Isend(piece, bytes, MPI_BYTE, message.peer, tag, op.comm->native, &request),
+          message.peer);
+    }
+    ++op.remaining;
+  });
+}
+
+// True when MPI will never touch the operation's memory again.
+bool try_cancel(adareduce_op& op) {
+  if (!is_usable()) return false;
+  for (std::size_t i = 0; i < op.requests.size(); ++i) {
+    // Sends cannot be cancelled in Open MPI, collectives nowhere.
+    if (op.requests[i] != MPI_REQUEST_NULL && op.pieces[i].receives) MPI_Cancel(&op.requests[i]);
+  }
+  int done = 0;
+  for (int tries = 0; tries < 8 && !done; ++tries) {
+    const int code = MPI_Testall(static_cast<int>(op.requests.size()), op.requests.data(), &done,
+                                 MPI_STATUSES_IGNORE);
+    if (code != MPI_SUCCESS) return false;
+  }
+  return done != 0;
+}
+
+void release(adareduce_op* op) {
+  // What MPI may still write to or read from is leaked: freeing it would be worse.
+  if (op != nullptr && (op->remaining == 0 || try_cancel(*op))) delete op;
+}
+
+// An operation under construction: given up unless it is handed out.
+using OpOwner = std::unique_ptr<adareduce_op, decltype([](adareduce_op* op) { release(op); })>;
+
+OpOwner new_op(adareduce_comm* comm) {
+  OpOwner op(new adareduce_op);
+  op->comm = comm;
+  return op;
+}
+
+int32_t start(adareduce_comm* comm, int32_t tag, const adareduce_message* sends, int32_t num_sends,
+              const adareduce_message* receives, int32_t num_receives, adareduce_op** out,
+              adareduce_error* error) {
+  return guarded(comm, error, [&] {
+    const std::int64_t most = g_max_message_bytes.load(std::memory_order_relaxed);
+    OpOwner op = new_op(comm);
+    // Receives first: what has its place waiting needs no buffer of MPI's.
+    for (int i = 0; i < num_receives; ++i) post(*op, tag, receives[i], true, most);
+    for (int i = 0; i < num_sends; ++i) post(*op, tag, sends[i], false, most);
+    *out = op.release();
+  });
+}
+
+int32_t start_allgather(adareduce_comm* comm, const void* mine, void* all, int64_t bytes,
+                        adareduce_op** out, adareduce_error* error) {
+  return guarded(comm, error, [&] {
+    require(bytes >= 0 && bytes <= INT_MAX,
+            "allgather: bytes must be in 0 ... 2^31 - 1, got " + std::to_string(bytes));
+    const int count = static_cast<int>(bytes);
+    OpOwner op = new_op(comm);
+    MPI_Request& request = op->add({});
+    CHECK_MPI(MPI_Iallgather(mine, count, MPI_BYTE, all, count, MPI_BYTE, comm->native, &request));
+    op->remaining = 1;
+    *out = op.release();
+  });
+}
+
+int32_t start_barrier(adareduce_comm* comm, adareduce_op** out, adareduce_error* error) {
+  return guarded(comm, error, [&] {
+    OpOwner op = new_op(comm);
+    MPI_Request& request = op->add({});
+    CHECK_MPI(MPI_Ibarrier(comm->native, &request));
+    op->remaining = 1;
+    *out = op.release();
+  });
+}
+
+// Throws the first failure among the `count` requests that MPI_Testsome reported.
+void check_finished(const adareduce_op& op, int count, bool has_codes) {
+  for (int i = 0; i < count; ++i) {
+    const auto& piece = op.pieces[op.finished[i]];
+    if (has_codes) check(op.statuses[i].MPI_ERROR, "MPI_Testsome", __LINE__, piece.peer);
+    if (!piece.receives) continue;
+    int bytes = 0;
+    CHECK_MPI_PEER(MPI_Get_count(&op.statuses[i], MPI_BYTE, &bytes), piece.peer);
+    require(bytes == piece.bytes,
+            "rank " + std::to_string(piece.peer) + " sent " + std::to_string(bytes) +
+                " bytes where " + std::to_string(piece.bytes) + " were expected",
+            piece.peer);
+  }
+}
+
+// Not MPI_Testall: MPICH's reports a failed request only once all others are complete too, which
+// they never are when their peers wait for the dead one.
+void test_some(adareduce_op& op) {
+  const std::size_t pieces = op.requests.size();
+  op.finished.resize(pieces);
+  op.statuses.resize(pieces);
+  int count = 0;
+  const int code = MPI_Testsome(static_cast<int>(pieces), op.requests.data(), &count,
+                                op.finished.data(), op.statuses.data());
+  const bool has_codes = code != MPI_SUCCESS && class_of(code) == MPI_ERR_IN_STATUS;
+  if (!has_codes) check(code, "MPI_Testsome", __LINE__);
+  if (count == MPI_UNDEFINED) return;
+  check_finished(op, count, has_codes);
+  op.remaining -= static_cast<std::size_t>(count);
+}
+
+int32_t test(adareduce_op* op, int32_t* done, adareduce_error* error) {
+  *done = 0;
+  return guarded(op->comm, error, [&] {
+    // Twice, because Open MPI looks first and makes progress then: what one call finds in the
+    // network only the next reports, and between the two the caller would go to sleep.
+    for (int look = 0; look < 2 && op->remaining > 0; ++look) test_some(*op);
+    *done = op->remaining == 0;
+  });
+}
+
+int32_t try_receive(adareduce_comm* comm, int32_t tag, void* data, int64_t capacity,
+                    int32_t* source, int64_t* bytes, adareduce_error* error) {
+  *source = -1;
+  *bytes = 0;
+  return guarded(comm, error, [&] {
+    int arrived = 0, length = 0;
+    MPI_Message message = MPI_MESSAGE_NULL;
+    MPI_Status status;
+    // A matched probe: no other thread can receive between our look and our receive.
+    CHECK_MPI(MPI_Improbe(MPI_ANY_SOURCE, tag, comm->native, &arrived, &message, &status));
+    if (!arrived) return;
+    const int peer = status.MPI_SOURCE;
+    CHECK_MPI_PEER(MPI_Get_count(&status, MPI_BYTE, &length), peer);
+    // Into memory of ours, which can be leaked if the message never arrives whole.
+    auto buffer = std::make_unique<char[]>(static_cast<std::size_t>(length));
+    MPI_Request request = MPI_REQUEST_NULL;
+    CHECK_MPI_PEER(MPI_Imrecv(buffer.get(), length, MPI_BYTE, &message, &request), peer);
+    char* const leaked_unless_whole = buffer.release();
+    int whole = 0;
+    for (int tests = 0; tests < kReceiveTests && !whole; ++tests) {
+      CHECK_MPI_PEER(MPI_Test(&request, &whole, MPI_STATUS_IGNORE), peer);
+    }
+    require(whole, "rank " + std::to_string(peer) + " began a message and did not finish it", peer);
+    buffer.reset(leaked_unless_whole);
+    require(length <= capacity,
+            "rank " + std::to_string(peer) + " sent " + std::to_string(length) +
+                " bytes where at most " + std::to_string(capacity) + " fit",
+            peer);
+    if (length > 0) std::memcpy(data, buffer.get(), static_cast<std::size_t>(length));
+    *bytes = length;
+    *source = peer;
+  });
+}
+
+// "MPICH Version: 5.0.2", "Open MPI v5.0.11": the first line up to a comma, single blanks.
+std::string read_library_version() {
+  char full[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  MPI_Get_library_version(full, &length);
+  std::string line;
+  for (const char* c = full; *c != 0 && *c != '\n' && *c != ','; ++c) {
+    const bool is_blank = *c == ' ' || *c == '\t' || *c == '\r';
+    if (!is_blank) line += *c;
+    else if (!line.empty() && line.back() != ' ') line += ' ';
+  }
+  while (!line.empty() && line.back() == ' ') line.pop_back();
+  return line;
+}
+
+const char* library_version() {
+  static const std::string version = read_library_version();
+  return version.c_str();
+}
+
+int32_t has_thread_multiple() {
+  int provided = MPI_THREAD_SINGLE;
+  if (is_usable()) MPI_Query_thread(&provided);
+  return provided == MPI_THREAD_MULTIPLE;
+}
+
+int32_t rank(adareduce_comm* comm) { return comm->rank; }
+int32_t size(adareduce_comm* comm) { return comm->size; }
+
+void set_max_message_bytes(int64_t bytes) {
+  g_max_message_bytes = bytes < 1 ? 1 : bytes > INT_MAX ? INT_MAX : bytes;
+}
+
+void abort_job(int32_t exit_code) {
+  if (is_usable()) MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+constexpr adareduce_mpi_plugin kTable = {
+    .version = ADAREDUCE_MPI_PLUGIN_VERSION,
+    .bytes = sizeof(adareduce_mpi_plugin),
+    .library_version = library_version,
+    .is_usable = is_usable,
+    .has_thread_multiple = has_thread_multiple,
+    .adopt = adopt,
+    .create = create,
+    .free = free_comm,
+    .rank = rank,
+    .size = size,
+    .start = start,
+    .start_allgather = start_allgather,
+    .start_barrier = start_barrier,
+    .test = test,
+    .release = release,
+    .try_receive = try_receive,
+    .set_max_message_bytes = set_max_message_bytes,
+    .abort = abort_job,
+};
+
+}  // namespace
+
+const adareduce_mpi_plugin* adareduce_mpi_plugin_table() { return &kTable; }

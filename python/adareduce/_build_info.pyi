@@ -1,0 +1,4 @@
+from typing import Final
+
+BUILD: Final[dict[str, str]]
+MPI: Final[dict[str, str] | None]

@@ -1,0 +1,6 @@
+"""The MPI that adareduce was built for."""
+
+from types import CapsuleType
+
+def plugin() -> CapsuleType: ...
+def library_version() -> str: ...

@@ -1,0 +1,27 @@
+"""Codes that cross the border to the compiled module. They never change their numbers."""
+
+from __future__ import annotations
+
+import enum
+
+
+class ReduceOp(enum.IntEnum):
+    """How tensors of all ranks become one. See docs/algorithms.md."""
+
+    Average = 0
+    Sum = 1
+    Adasum = 2
+
+
+class Collective(enum.IntEnum):
+    """What a request asks for."""
+
+    allreduce = 0
+    broadcast = 1
+    allgather = 2
+    barrier = 3
+
+
+Average = ReduceOp.Average
+Sum = ReduceOp.Sum
+Adasum = ReduceOp.Adasum

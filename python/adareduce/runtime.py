@@ -1,0 +1,399 @@
+"""The life of a job: init, shutdown, who is there, and what happens when a process ends.
+
+There is one engine per process. Everything here is about when it comes and goes; what it does stands
+in ``csrc/engine``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType, TracebackType
+from typing import Any, Literal
+
+from adareduce import _core, logs, mpi_library
+from adareduce.settings import Settings
+
+HorovodInternalError = _core.HorovodInternalError
+
+_ORDERLY_EXIT = "its program has ended"
+# How long the survivors of a broken job get to print their own errors before the job is ended.
+_LAST_WORDS_SECONDS = 2.0
+_WAIT_SECONDS = 0.2  # between two looks for Ctrl-C; waits themselves cost nothing
+
+
+class ProcessSet:
+    """Some of the ranks of a job, for collectives among them.
+
+    Args:
+        ranks: Global ranks, increasing. At ``init(process_sets=...)`` or ``add_process_set``, both
+            collective over all ranks, the set becomes usable.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks: list[int] = [int(rank) for rank in ranks]
+        self.process_set_id: int | None = None
+        self.names_in_use: set[str] = set()
+        self.calls_without_name = 0
+
+    def size(self) -> int:
+        """Number of ranks in the set."""
+        return len(self.ranks)
+
+    def rank(self) -> int:
+        """Place of this rank in the set.
+
+        Raises:
+            ValueError: This rank is not in the set, or init() was not called.
+        """
+        if not self.included():
+            raise ValueError(f"rank {rank()} is not in the process set of ranks {self.ranks}")
+        return self.ranks.index(rank())
+
+    def included(self) -> bool:
+        """Whether this rank is in the set."""
+        return rank() in self.ranks
+
+    def __repr__(self) -> str:
+        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"
+
+
+global_process_set = ProcessSet([])
+
+
+@dataclass
+class _Job:
+    """What lives between init and shutdown."""
+
+    engine: _core.Engine
+    log: logs.EventThread
+    settings: Settings
+    process_sets: list[ProcessSet] = field(default_factory=list)
+
+
+@dataclass
+class _Process:
+    """What lives as long as the process."""
+
+    job: _Job | None = None
+    mpi: ModuleType | None = None  # mpi4py.MPI, once loaded
+    owns_mpi: bool = False  # init() initialised it and must finalise it
+    is_broken: bool = False  # a rank is lost: MPI_Finalize would wait for it for ever
+    error: str | None = None  # the exception that ends this process
+    hooks_are_set: bool = False
+    forked_from: int | None = None
+
+
+_process = _Process()
+_lock = threading.RLock()
+
+
+def init(
+    comm: Sequence[int] | Any | None = None,
+    process_sets: Sequence[ProcessSet] | Literal["dynamic"] | None = None,
+) -> None:
+    """Connects this process with the other ranks. Collective, blocks; a second call does nothing.
+
+    Under mpirun the ranks are those of MPI. A process that was not started by a launcher is a job of
+    one rank; it needs no MPI if none was built in.
+
+    Args:
+        comm: None for all ranks; a list of ranks, increasing, that form the job (call it on those
+            only); or an mpi4py communicator, which is duplicated.
+        process_sets: Sets to make at once, as ``add_process_set`` does. "dynamic" is accepted: sets
+            can always be added.
+
+    Raises:
+        ValueError: ``comm`` or a setting in the environment is not of its form.
+        RuntimeError: There is no usable MPI, or two.
+        HorovodInternalError: A rank did not come within ADAREDUCE_FAIL_AFTER_SECONDS.
+    """
+    with _lock:
+        if _process.job is not None:
+            return
+        _check_not_forked()
+        settings = Settings.from_environment()
+        engine = _connect(comm, settings)
+        logs.set_up(engine.rank, engine.size, settings.log_level)
+        _process.job = _Job(engine, logs.EventThread(engine), settings)
+        _process.is_broken = False
+        _set_hooks()
+        _adopt_process_set(global_process_set, list(range(engine.size)), 0)
+        if process_sets is not None and process_sets != "dynamic":
+            for process_set in process_sets:
+                add_process_set(process_set)
+
+
+def _connect(comm: Sequence[int] | Any | None, settings: Settings) -> _core.Engine:
+    core_settings = _core.Settings(warn_after=settings.warn_after, fail_after=settings.fail_after)
+    if comm is None and mpi_library.expected() is None and mpi_library.launcher() is None:
+        return _core.Engine.over_threads(_core.ThreadWorld(1), 0, core_settings)
+
+    was_initialised = "mpi4py.MPI" in sys.modules and sys.modules["mpi4py.MPI"].Is_initialized()
+    mpi = mpi_library.load()
+    if _process.mpi is None:
+        _process.mpi = mpi
+        _process.owns_mpi = not was_initialised
+    if mpi.Is_finalized():
+        raise RuntimeError("init: MPI has been finalised and cannot be initialised again")
+    from adareduce import _mpi
+
+    communicator, ranks = mpi.COMM_WORLD, []
+    if isinstance(comm, mpi.Comm):
+        if comm == mpi.COMM_NULL:
+            raise ValueError("init: comm must be a communicator, got MPI.COMM_NULL")
+        communicator = comm
+    elif comm is not None:
+        ranks = _check_ranks("init: comm", comm, mpi.COMM_WORLD.Get_size())
+        if mpi.COMM_WORLD.Get_rank() not in ranks:
+            raise ValueError(
+                f"init: comm must contain the calling rank {mpi.COMM_WORLD.Get_rank()}, got {ranks}"
+            )
+    if mpi.Get_library_version().startswith("MPICH"):
+        _outlive_peers()
+    return _core.Engine.over_mpi(_mpi.plugin(), mpi._handleof(communicator), ranks, core_settings)
+
+
+def _check_ranks(argument: str, ranks: Sequence[int], size: int) -> list[int]:
+    try:
+        checked = [int(rank) for rank in ranks]
+    except TypeError as error:
+        raise ValueError(
+            f"{argument} must be a list of ranks or an mpi4py communicator, got {ranks!r}"
+        ) from error
+    is_increasing = all(a < b for a, b in zip(checked, checked[1:], strict=False))
+    if not checked or not is_increasing or checked[0] < 0 or checked[-1] >= size:
+        raise ValueError(f"{argument} must hold increasing ranks in [0, {size}), got {checked}")
+    return checked
+
+
+def _outlive_peers() -> None:
+    # MPICH's mpirun -disable-auto-cleanup tells survivors of a death by SIGUSR1, whose default is
+    # to die as well. The engine notices deaths by itself.
+    with contextlib.suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, lambda signum, frame: None)
+
+
+def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+    """Makes a process set usable. Collective over all ranks of the job, in one order; blocks.
+
+    Args:
+        process_set: A set, or its ranks.
+
+    Returns:
+        The set.
+
+    Raises:
+        ValueError: A set of these ranks exists, or the ranks are not increasing ranks of the job.
+    """
+    job = current_job()
+    if not isinstance(process_set, ProcessSet):
+        process_set = ProcessSet(process_set)
+    ranks = _check_ranks("add_process_set: ranks", process_set.ranks, job.engine.size)
+    for other in job.process_sets:
+        if other.ranks == ranks:
+            raise ValueError(f"add_process_set: ranks {ranks} are those of {other} already")
+    process_set_id = job.engine.add_process_set(ranks)
+    _adopt_process_set(process_set, ranks, process_set_id)
+    return process_set
+
+
+def _adopt_process_set(process_set: ProcessSet, ranks: list[int], process_set_id: int) -> None:
+    process_set.ranks = ranks
+    process_set.process_set_id = process_set_id
+    process_set.names_in_use = set()
+    process_set.calls_without_name = 0
+    current_job().process_sets.append(process_set)
+
+
+def shutdown() -> None:
+    """Leaves the job. Collective; blocks until every rank has called it or has ended.
+
+    Runs by itself when the program ends. A rank that is still computing may take its time; one that
+    is lost is reported after ADAREDUCE_FAIL_AFTER_SECONDS. Afterwards init() works again.
+    """
+    with _lock:
+        if _process.job is not None:
+            _leave(_process.job, "it has called shutdown()", is_orderly=True)
+
+
+def _leave(job: _Job, reason: str, *, is_orderly: bool) -> None:
+    try:
+        for handle in job.engine.leave(reason=reason, is_orderly=is_orderly):
+            while not handle.wait_for(_WAIT_SECONDS):
+                pass
+        breakage = job.engine.breakage()
+    except KeyboardInterrupt:
+        breakage = "interrupted while waiting for the other ranks"
+    if breakage:
+        _process.is_broken = True
+        logs.logger.info("shutdown: %s", breakage)
+    _process.job = None
+    for process_set in job.process_sets:
+        process_set.process_set_id = None
+    job.log.stop()
+    job.engine.stop()
+
+
+def current_job() -> _Job:
+    """The running job.
+
+    Raises:
+        ValueError: init() was not called, or not in this process.
+    """
+    job = _process.job
+    if job is None:
+        _check_not_forked()
+        raise ValueError("adareduce has not been initialised; call hvd.init() first")
+    return job
+
+
+def is_initialized() -> bool:
+    """Whether init() has been called and shutdown() has not."""
+    return _process.job is not None
+
+
+def rank() -> int:
+    """This process among all of the job, in [0, size())."""
+    return current_job().engine.rank
+
+
+def size() -> int:
+    """Number of ranks of the job."""
+    return current_job().engine.size
+
+
+def local_rank() -> int:
+    """This process among those of its node, in [0, local_size())."""
+    return current_job().engine.local_rank
+
+
+def local_size() -> int:
+    """Number of ranks on this node."""
+    return current_job().engine.local_size
+
+
+def cross_rank() -> int:
+    """This node among those that have a rank with this local_rank."""
+    return current_job().engine.cross_rank
+
+
+def cross_size() -> int:
+    """Number of nodes that have a rank with this local_rank."""
+    return current_job().engine.cross_size
+
+
+def is_homogeneous() -> bool:
+    """Whether every node holds the same number of ranks."""
+    return current_job().engine.is_homogeneous
+
+
+def mpi_built() -> bool:
+    """Whether this build has MPI."""
+    return mpi_library.expected() is not None
+
+
+def mpi_enabled() -> bool:
+    """Whether the running job uses MPI."""
+    return current_job() is not None and _process.mpi is not None
+
+
+def mpi_threads_supported() -> bool:
+    """Whether MPI lets several threads call it: always, since init() insists."""
+    return mpi_enabled()
+
+
+# ---- the end of the process ---------------------------------------------------------------------
+
+
+def _set_hooks() -> None:
+    if _process.hooks_are_set:
+        return
+    _process.hooks_are_set = True
+    previous = sys.excepthook
+
+    def remember_error(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        _process.error = f"{kind.__name__}: {error}" if str(error) else kind.__name__
+        previous(kind, error, traceback)
+
+    sys.excepthook = remember_error
+    atexit.register(_at_exit)
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _at_exit() -> None:
+    if _process.forked_from is not None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    job = _process.job
+    if job is not None:
+        error = _process.error
+        if error is not None and job.engine.size > 1 and not job.engine.breakage():
+            logs.logger.warning(
+                "ending because of %s; telling the other ranks at their next collective (Ctrl-C:"
+                " at once)",
+                error,
+            )
+        _leave(job, error or _ORDERLY_EXIT, is_orderly=error is None)
+    mpi = _process.mpi
+    if mpi is None or not _process.owns_mpi or mpi.Is_finalized():
+        return
+    if not _process.is_broken:
+        mpi.Finalize()
+        return
+    # The lost rank cannot take part in Finalize. Abort ends the whole job, so the other survivors
+    # are given time to say what they saw.
+    sys.stderr.flush()
+    time.sleep(_LAST_WORDS_SECONDS)
+    mpi.COMM_WORLD.Abort(1)
+
+
+def _forget_after_fork() -> None:
+    # Neither the worker thread nor MPI exist here. The objects must not be destroyed either: their
+    # destructors would wait for that thread.
+    job = _process.job
+    if job is not None:
+        job.engine.forget()
+        _process.job = None
+        _process.forked_from = os.getppid()
+        global_process_set.process_set_id = None
+
+
+def _check_not_forked() -> None:
+    if _process.forked_from is not None:
+        raise ValueError(
+            f"adareduce was initialised in process {_process.forked_from}, of which this one is a"
+            " fork; only the original can communicate (start processes before init(), or with the"
+            " spawn method)"
+        )
+
+
+@contextlib.contextmanager
+def rejected_on_all_ranks(process_set: ProcessSet, *, is_barrier: bool = False) -> Iterator[None]:
+    """Around the checks and the submission of one call: a mistake raises on the other ranks too.
+
+    A call that raises ValueError or TypeError here takes its place in the sequence of calls, so that
+    the others, who may have made a correct one, do not wait for it.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        job = _process.job
+        if job is not None and process_set.process_set_id is not None:
+            job.engine.reject(
+                process_set=process_set.process_set_id,
+                is_barrier=is_barrier,
+                reason=f"{type(error).__name__}: {error}",
+            )
+        raise

@@ -1,0 +1,88 @@
+"""What users set through environment variables.
+
+Horovod's names are understood where the meaning is the same; ours win where both are set.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_NEVER = 1e9  # seconds, 30 years
+
+_LOG_LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "fatal": logging.CRITICAL,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to wait and how much to say.
+
+    Attributes:
+        warn_after: Seconds after which a wait for other ranks is reported, and again after as long.
+            ADAREDUCE_WARN_AFTER_SECONDS, HOROVOD_STALL_CHECK_TIME_SECONDS.
+        fail_after: Seconds after which it becomes an error.
+            ADAREDUCE_FAIL_AFTER_SECONDS, HOROVOD_STALL_SHUTDOWN_TIME_SECONDS; 0 means never.
+        log_level: Of the logger "adareduce". ADAREDUCE_LOG_LEVEL, HOROVOD_LOG_LEVEL.
+    """
+
+    warn_after: float = 60.0
+    fail_after: float = 600.0
+    log_level: int = logging.WARNING
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Reads the variables.
+
+        Raises:
+            ValueError: A variable is not of its form; names it and its value.
+        """
+        return cls(
+            warn_after=_seconds(
+                environ, "ADAREDUCE_WARN_AFTER_SECONDS", "HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0
+            ),
+            fail_after=_seconds(
+                environ, "ADAREDUCE_FAIL_AFTER_SECONDS", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 600.0
+            ),
+            log_level=_log_level(environ),
+        )
+
+
+def _first_set(environ: Mapping[str, str], *names: str) -> tuple[str, str] | None:
+    for name in names:
+        if environ.get(name):
+            return name, environ[name]
+    return None
+
+
+def _seconds(environ: Mapping[str, str], ours: str, horovods: str, default: float) -> float:
+    found = _first_set(environ, ours, horovods)
+    if found is None:
+        return default
+    name, text = found
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise ValueError(f"{name} must be a number of seconds, 0 or more, got {text!r}")
+    return min(seconds, _NEVER) if seconds > 0 else _NEVER
+
+
+def _log_level(environ: Mapping[str, str]) -> int:
+    found = _first_set(environ, "ADAREDUCE_LOG_LEVEL", "HOROVOD_LOG_LEVEL")
+    if found is None:
+        return logging.WARNING
+    name, text = found
+    if text.lower() not in _LOG_LEVELS:
+        raise ValueError(f"{name} must be one of {', '.join(_LOG_LEVELS)}, got {text!r}")
+    return _LOG_LEVELS[text.lower()]

@@ -1,0 +1,111 @@
+"""What training scripts import: ``import adareduce.torch as hvd``.
+
+The names and signatures are those of Horovod's PyTorch API. Importing this initialises no MPI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from adareduce import runtime
+from adareduce.ops import Adasum, Average, ReduceOp, Sum
+from adareduce.runtime import (
+    HorovodInternalError,
+    ProcessSet,
+    add_process_set,
+    cross_rank,
+    cross_size,
+    global_process_set,
+    is_homogeneous,
+    is_initialized,
+    local_rank,
+    local_size,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    rank,
+    shutdown,
+    size,
+)
+from adareduce.torch.allgather import (
+    allgather,
+    allgather_async,
+    grouped_allgather,
+    grouped_allgather_async,
+)
+from adareduce.torch.allreduce import (
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
+    grouped_allreduce,
+    grouped_allreduce_,
+    grouped_allreduce_async,
+    grouped_allreduce_async_,
+)
+from adareduce.torch.barrier import barrier
+from adareduce.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
+from adareduce.torch.compression import Compression
+from adareduce.torch.handles import Handle, poll, synchronize
+from adareduce.torch.objects import broadcast_object, broadcast_parameters
+from adareduce.torch.threads import warn_if_oversubscribed
+
+
+def init(
+    comm: Sequence[int] | Any | None = None,
+    process_sets: Sequence[ProcessSet] | Literal["dynamic"] | None = None,
+) -> None:
+    """See ``adareduce.runtime.init``: connects this process with the other ranks."""
+    is_first = not is_initialized()
+    runtime.init(comm, process_sets)
+    if is_first:
+        warn_if_oversubscribed()
+
+
+__all__ = [
+    "Adasum",
+    "Average",
+    "Compression",
+    "Handle",
+    "HorovodInternalError",
+    "ProcessSet",
+    "ReduceOp",
+    "Sum",
+    "add_process_set",
+    "allgather",
+    "allgather_async",
+    "allreduce",
+    "allreduce_",
+    "allreduce_async",
+    "allreduce_async_",
+    "barrier",
+    "broadcast",
+    "broadcast_",
+    "broadcast_async",
+    "broadcast_async_",
+    "broadcast_object",
+    "broadcast_parameters",
+    "cross_rank",
+    "cross_size",
+    "global_process_set",
+    "grouped_allgather",
+    "grouped_allgather_async",
+    "grouped_allreduce",
+    "grouped_allreduce_",
+    "grouped_allreduce_async",
+    "grouped_allreduce_async_",
+    "init",
+    "is_homogeneous",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "poll",
+    "rank",
+    "shutdown",
+    "size",
+    "synchronize",
+]

@@ -1,0 +1,135 @@
+"""All-gather: every rank gets the tensors of all ranks, one below the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adareduce import _core
+from adareduce.ops import Collective, ReduceOp
+from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
+from adareduce.torch.allreduce import allreduce
+from adareduce.torch.handles import Handle, check_tensors, submit, synchronize, take_name
+
+
+def allgather_async(
+    tensor: torch.Tensor,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """Starts to concatenate the ranks' tensors along their first dimension, in rank order.
+
+    Collective over the process set; does not block. ``synchronize(handle)`` returns a new tensor.
+
+    Args:
+        tensor: CPU tensor of any dtype with at least one dimension. The first may differ between
+            ranks and may be 0; the others are the same on all ranks.
+        name: Equal on all ranks; in use until the handle is synchronised.
+        process_set: The ranks that take part.
+
+    Raises:
+        TypeError: Not a tensor, or of a dtype that is not known.
+        ValueError: The tensor is a scalar or not on the CPU, or ``name`` is in use.
+        HorovodInternalError: The process set is broken.
+    """
+    return _start("allgather", [tensor], name, process_set)
+
+
+def allgather(
+    tensor: torch.Tensor,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor:
+    """As ``allgather_async``, but waits, and can be differentiated.
+
+    The gradient is the sum of all ranks' gradients for this rank's rows.
+    """
+    result: torch.Tensor = _Allgather.apply(tensor, name, process_set)
+    return result
+
+
+def grouped_allgather_async(
+    tensors: Sequence[torch.Tensor],
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``allgather_async`` for several tensors of one dtype in one request."""
+    return _start("grouped_allgather", list(tensors), name, process_set)
+
+
+def grouped_allgather(
+    tensors: Sequence[torch.Tensor],
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> list[torch.Tensor]:
+    """As ``grouped_allgather_async``, but waits."""
+    result: list[torch.Tensor] = synchronize(grouped_allgather_async(tensors, name, process_set))
+    return result
+
+
+class _Allgather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, name: str | None, process_set: ProcessSet
+    ) -> torch.Tensor:
+        result: torch.Tensor = synchronize(allgather_async(tensor, name, process_set))
+        ctx.process_set = process_set
+        ctx.num_rows = tensor.shape[0]
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        total = allreduce(gradients[0], op=ReduceOp.Sum, process_set=ctx.process_set)
+        num_rows = allgather(torch.tensor([ctx.num_rows]), process_set=ctx.process_set)
+        first = int(num_rows[: ctx.process_set.rank()].sum())
+        return total.narrow(0, first, ctx.num_rows), None, None
+
+
+def _start(
+    function: str, tensors: list[torch.Tensor], name: str | None, process_set: ProcessSet
+) -> Handle:
+    with rejected_on_all_ranks(process_set):
+        check_tensors(function, tensors, in_place=False)
+        for tensor in tensors:
+            if tensor.dim() == 0:
+                raise ValueError(
+                    f"{function}: tensor must have at least one dimension, got a scalar"
+                )
+            if tensor.dtype != tensors[0].dtype:
+                raise TypeError(
+                    f"{function}: tensors must have one dtype, got {tensors[0].dtype} and"
+                    f" {tensor.dtype}"
+                )
+        inputs = [tensor.detach().contiguous() for tensor in tensors]
+        reserved_name = take_name(function, name, process_set)
+        try:
+            request = submit(
+                Collective.allgather,
+                inputs,
+                [None] * len(inputs),
+                name=reserved_name,
+                process_set=process_set,
+            )
+        except Exception:
+            process_set.names_in_use.discard(reserved_name)
+            raise
+
+    def finish(requests: Sequence[_core.Handle]) -> torch.Tensor | list[torch.Tensor]:
+        results = [
+            _to_tensor(memory, shape, tensor.dtype)
+            for (memory, shape), tensor in zip(requests[0].gathered(), inputs, strict=True)
+        ]
+        return results if function == "grouped_allgather" else results[0]
+
+    return Handle(
+        [request], finish, inputs, lambda: process_set.names_in_use.discard(reserved_name)
+    )
+
+
+def _to_tensor(memory: _core.Memory, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    # The tensor keeps the memory alive; frombuffer refuses memory of no bytes.
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -1,0 +1,315 @@
+"""All-reduce: tensors of all ranks become one, which every rank gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adareduce import _core
+from adareduce.ops import Collective, ReduceOp
+from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
+from adareduce.torch.compression import Compression, Compressor
+from adareduce.torch.handles import (
+    ARITHMETIC_DTYPES,
+    Handle,
+    check_tensors,
+    mark_written,
+    submit,
+    synchronize,
+    take_name,
+)
+
+
+def grouped_allreduce_async_(
+    tensors: Sequence[torch.Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """Starts to reduce tensors over all ranks, in place; all or none are written.
+
+    Collective over the process set; does not block. The tensors must not be touched before
+    ``synchronize(handle)``, which returns them.
+
+    Args:
+        tensors: Contiguous float32 or float64 CPU tensors of any shapes, the same on all ranks.
+            One request per dtype, in the order in which the dtypes appear.
+        average: Deprecated: use ``op``.
+        name: Equal on all ranks; in use until the handle is synchronised.
+        op: Average (default), Sum or Adasum; Adasum is computed for each tensor by itself.
+        prescale_factor: Multiplies every element before the reduction.
+        postscale_factor: Multiplies every element of the result.
+        process_set: The ranks that take part.
+
+    Raises:
+        TypeError: A tensor's dtype has no arithmetic here.
+        ValueError: A tensor is not on the CPU or not contiguous, or ``name`` is in use. Raised here
+            on the rank that made the mistake, and as HorovodInternalError on the others.
+        HorovodInternalError: The process set is broken.
+
+    Source: Adasum: arXiv 2006.02924; docs/algorithms.md.
+    """
+    tensors = list(tensors)
+    return _start("grouped_allreduce", tensors, tensors, average, name, op, prescale_factor,
+                  postscale_factor, process_set, in_place=True)  # fmt: skip
+
+
+def grouped_allreduce_async(
+    tensors: Sequence[torch.Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``grouped_allreduce_async_``, into new tensors. Strides need not be contiguous."""
+    tensors = list(tensors)
+    return _start("grouped_allreduce", tensors, None, average, name, op, prescale_factor,
+                  postscale_factor, process_set, in_place=False)  # fmt: skip
+
+
+def grouped_allreduce_(
+    tensors: Sequence[torch.Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> list[torch.Tensor]:
+    """As ``grouped_allreduce_async_``, but waits. Returns the tensors."""
+    handle = grouped_allreduce_async_(
+        tensors, average, name, op, prescale_factor, postscale_factor, process_set
+    )
+    result: list[torch.Tensor] = synchronize(handle)
+    return result
+
+
+def grouped_allreduce(
+    tensors: Sequence[torch.Tensor],
+    average: bool | None = None,
+    name: str | None = None,
+    compression: type[Compressor] = Compression.none,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> list[torch.Tensor]:
+    """As ``grouped_allreduce_async_``, into new tensors, waits, and can be differentiated.
+
+    The gradient of Average and Sum is the same reduction of the gradients; Adasum has none, and
+    ``backward`` raises.
+    """
+    compressed, contexts = _compress(list(tensors), compression, process_set)
+    results = _Allreduce.apply(
+        average, name, op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
+        *compressed,
+    )  # fmt: skip
+    return [
+        compression.decompress(result, context)
+        for result, context in zip(results, contexts, strict=True)
+    ]
+
+
+def allreduce_async_(
+    tensor: torch.Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``grouped_allreduce_async_`` for one tensor; the handle's result is the tensor."""
+    return _start("allreduce", [tensor], [tensor], average, name, op, prescale_factor,
+                  postscale_factor, process_set, in_place=True)  # fmt: skip
+
+
+def allreduce_async(
+    tensor: torch.Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``grouped_allreduce_async`` for one tensor; the handle's result is the new tensor."""
+    return _start("allreduce", [tensor], None, average, name, op, prescale_factor,
+                  postscale_factor, process_set, in_place=False)  # fmt: skip
+
+
+def allreduce_(
+    tensor: torch.Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor:
+    """As ``allreduce_async_``, but waits. Returns the tensor."""
+    handle = allreduce_async_(
+        tensor, average, name, op, prescale_factor, postscale_factor, process_set
+    )
+    result: torch.Tensor = synchronize(handle)
+    return result
+
+
+def allreduce(
+    tensor: torch.Tensor,
+    average: bool | None = None,
+    name: str | None = None,
+    compression: type[Compressor] = Compression.none,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor:
+    """As ``grouped_allreduce`` for one tensor."""
+    compressed, contexts = _compress([tensor], compression, process_set)
+    result: torch.Tensor
+    (result,) = _Allreduce.apply(
+        average, name, op, prescale_factor, postscale_factor, process_set, "allreduce", *compressed
+    )
+    return compression.decompress(result, contexts[0])
+
+
+class _Allreduce(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        average: bool | None,
+        name: str | None,
+        op: ReduceOp | None,
+        prescale_factor: float,
+        postscale_factor: float,
+        process_set: ProcessSet,
+        function: str,
+        *tensors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        handle = _start(
+            function, list(tensors), None, average, name, op, prescale_factor, postscale_factor,
+            process_set, in_place=False,
+        )  # fmt: skip
+        ctx.arguments = (prescale_factor, postscale_factor, process_set, function)
+        ctx.op = _choose_op(function, average, op)
+        results = synchronize(handle)
+        return tuple(results) if function == "grouped_allreduce" else (results,)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        prescale_factor, postscale_factor, process_set, function = ctx.arguments
+        with rejected_on_all_ranks(process_set):
+            if ctx.op == ReduceOp.Adasum:
+                raise ValueError(
+                    f"{function}: op must be Average or Sum where backward is called, got Adasum,"
+                    " which has no gradient"
+                )
+        reduced = _Allreduce.apply(
+            None, None, ctx.op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
+            *gradients,
+        )  # fmt: skip
+        return (None,) * 7 + tuple(reduced)
+
+
+def _compress(
+    tensors: list[torch.Tensor], compression: type[Compressor], process_set: ProcessSet
+) -> tuple[list[torch.Tensor], list[Any]]:
+    with rejected_on_all_ranks(process_set):
+        if not hasattr(compression, "compress"):
+            raise TypeError(
+                f"allreduce: compression must be one of hvd.Compression, got {compression!r}"
+            )
+    pairs = [compression.compress(tensor) for tensor in tensors]
+    return [tensor for tensor, _ in pairs], [context for _, context in pairs]
+
+
+def _choose_op(function: str, average: bool | None, op: ReduceOp | None) -> ReduceOp:
+    if average is not None and op is not None:
+        raise ValueError(
+            f"{function}: only one of average and op must be given, got average={average!r} and"
+            f" op={op!r}"
+        )
+    if average is not None:
+        return ReduceOp.Average if average else ReduceOp.Sum
+    if op is None:
+        return ReduceOp.Average
+    try:
+        return ReduceOp(op)
+    except ValueError:
+        names = ", ".join(choice.name for choice in ReduceOp)
+        raise ValueError(f"{function}: op must be one of {names}, got {op!r}") from None
+
+
+def _start(
+    function: str,
+    tensors: list[torch.Tensor],
+    outputs: list[torch.Tensor] | None,
+    average: bool | None,
+    name: str | None,
+    op: ReduceOp | None,
+    prescale_factor: float,
+    postscale_factor: float,
+    process_set: ProcessSet,
+    *,
+    in_place: bool,
+) -> Handle:
+    """Submits one request for each dtype among the tensors."""
+    with rejected_on_all_ranks(process_set):
+        chosen_op = _choose_op(function, average, op)
+        check_tensors(function, tensors, in_place=in_place)
+        for tensor in tensors:
+            if tensor.dtype not in ARITHMETIC_DTYPES:
+                raise TypeError(
+                    f"{function}: dtype must be float32 or float64 for op={chosen_op.name}, got"
+                    f" {str(tensor.dtype).removeprefix('torch.')}"
+                )
+        inputs = [tensor.detach().contiguous() for tensor in tensors]
+        if outputs is None:
+            outputs = [torch.empty_like(tensor) for tensor in inputs]
+        final_outputs = outputs
+        name = take_name(function, name, process_set)
+        try:
+            requests = [
+                submit(
+                    Collective.allreduce,
+                    [inputs[i] for i in indices],
+                    [final_outputs[i] for i in indices],
+                    name=name,
+                    process_set=process_set,
+                    op=chosen_op,
+                    prescale_factor=float(prescale_factor),
+                    postscale_factor=float(postscale_factor),
+                )
+                for indices in _indices_by_dtype(inputs)
+            ]
+        except Exception:
+            process_set.names_in_use.discard(name)
+            raise
+
+    def finish(_: Sequence[_core.Handle]) -> torch.Tensor | list[torch.Tensor]:
+        if in_place:
+            mark_written(final_outputs)
+        return final_outputs if function == "grouped_allreduce" else final_outputs[0]
+
+    reserved_name = name
+    return Handle(
+        requests,
+        finish,
+        [*inputs, *final_outputs],
+        lambda: process_set.names_in_use.discard(reserved_name),
+    )
+
+
+def _indices_by_dtype(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    groups: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault(tensor.dtype, []).append(index)
+    return list(groups.values())

@@ -1,0 +1,145 @@
+"""Broadcast: every rank gets the root's tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from adareduce import _core
+from adareduce.ops import Collective, ReduceOp
+from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
+from adareduce.torch.allreduce import allreduce
+from adareduce.torch.handles import (
+    Handle,
+    check_tensors,
+    mark_written,
+    submit,
+    synchronize,
+    take_name,
+)
+
+
+def broadcast_async_(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """Starts to copy the root's tensor into every rank's, in place.
+
+    Collective over the process set; does not block. The tensor must not be touched before
+    ``synchronize(handle)``, which returns it.
+
+    Args:
+        tensor: Contiguous CPU tensor of any dtype and shape, the same on all ranks.
+        root_rank: Global rank (also in a smaller process set) whose values count.
+        name: Equal on all ranks; in use until the handle is synchronised.
+        process_set: The ranks that take part.
+
+    Raises:
+        TypeError: Not a tensor, or of a dtype that is not known.
+        ValueError: ``root_rank`` is not in the set, the tensor is not on the CPU or not contiguous,
+            or ``name`` is in use.
+        HorovodInternalError: The process set is broken.
+    """
+    return start_broadcast([tensor], root_rank, name, process_set, in_place=True, is_grouped=False)
+
+
+def broadcast_async(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``broadcast_async_``, into a new tensor."""
+    return start_broadcast([tensor], root_rank, name, process_set, in_place=False, is_grouped=False)
+
+
+def broadcast_(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor:
+    """As ``broadcast_async_``, but waits. Returns the tensor."""
+    result: torch.Tensor = synchronize(broadcast_async_(tensor, root_rank, name, process_set))
+    return result
+
+
+def broadcast(
+    tensor: torch.Tensor,
+    root_rank: int,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor:
+    """As ``broadcast_async_``, into a new tensor, waits, and can be differentiated.
+
+    The root's gradient is the sum of all ranks' gradients; the others' is zero.
+    """
+    result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)
+    return result
+
+
+class _Broadcast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tensor: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet
+    ) -> torch.Tensor:
+        ctx.root_rank = root_rank
+        ctx.process_set = process_set
+        result: torch.Tensor = synchronize(broadcast_async(tensor, root_rank, name, process_set))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        total = allreduce(gradients[0], op=ReduceOp.Sum, process_set=ctx.process_set)
+        return (total if rank() == ctx.root_rank else torch.zeros_like(total)), None, None, None
+
+
+def start_broadcast(
+    tensors: Sequence[torch.Tensor],
+    root_rank: int,
+    name: str | None,
+    process_set: ProcessSet,
+    *,
+    in_place: bool,
+    is_grouped: bool,
+) -> Handle:
+    """One request for tensors of one dtype."""
+    with rejected_on_all_ranks(process_set):
+        check_tensors("broadcast", tensors, in_place=in_place)
+        if root_rank not in process_set.ranks:
+            rank()  # says that init() is missing, where it is
+            raise ValueError(
+                f"broadcast: root_rank must be one of the ranks {process_set.ranks} of the process"
+                f" set, got {root_rank!r}"
+            )
+        inputs = [tensor.detach().contiguous() for tensor in tensors]
+        outputs = list(tensors) if in_place else [torch.empty_like(tensor) for tensor in inputs]
+        reserved_name = take_name("broadcast", name, process_set)
+        try:
+            request = submit(
+                Collective.broadcast,
+                inputs,
+                outputs,
+                name=reserved_name,
+                process_set=process_set,
+                root=process_set.ranks.index(root_rank),
+            )
+        except Exception:
+            process_set.names_in_use.discard(reserved_name)
+            raise
+
+    def finish(_: Sequence[_core.Handle]) -> torch.Tensor | list[torch.Tensor]:
+        if in_place:
+            mark_written(outputs)
+        return outputs if is_grouped else outputs[0]
+
+    return Handle(
+        [request],
+        finish,
+        [*inputs, *outputs],
+        lambda: process_set.names_in_use.discard(reserved_name),
+    )

@@ -1,0 +1,169 @@
+"""Asynchronous calls: submission, polling and waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from adareduce import _core
+from adareduce.ops import Collective, ReduceOp
+from adareduce.runtime import ProcessSet, current_job
+
+_WAIT_SECONDS = 0.2  # between two looks for Ctrl-C; the wait itself costs nothing
+
+_DTYPE_CODES = {
+    torch.uint8: 0,
+    torch.int8: 1,
+    torch.int16: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.bfloat16: 6,
+    torch.float32: 7,
+    torch.float64: 8,
+    torch.bool: 9,
+}
+ARITHMETIC_DTYPES = (torch.float32, torch.float64)
+
+
+class Handle:
+    """A call that has been submitted. Keeps its tensors alive until ``synchronize``."""
+
+    def __init__(
+        self,
+        requests: Sequence[_core.Handle],
+        finish: Callable[[Sequence[_core.Handle]], Any],
+        keep_alive: Sequence[torch.Tensor],
+        release: Callable[[], None],
+    ) -> None:
+        self._requests = requests
+        self._finish = finish
+        self._keep_alive = keep_alive
+        self._release = release
+        self._is_finished = False
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def poll(self) -> bool:
+        """See ``poll``."""
+        return self._is_finished or all(request.is_finished() for request in self._requests)
+
+    def synchronize(self) -> Any:
+        """See ``synchronize``."""
+        if not self._is_finished:
+            for request in self._requests:
+                while not request.wait_for(_WAIT_SECONDS):
+                    pass
+            self._is_finished = True
+            self._release()
+            try:
+                for request in self._requests:
+                    request.rethrow()
+                self._result = self._finish(self._requests)
+            except Exception as error:
+                self._error = error
+            self._keep_alive = self._requests = ()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def poll(handle: Handle) -> bool:
+    """Whether a call has ended, well or not. Does not block, is not collective."""
+    return handle.poll()
+
+
+def synchronize(handle: Handle) -> Any:
+    """Waits for a call and returns its result. Blocks; Ctrl-C works.
+
+    Raises:
+        HorovodInternalError: The call failed: the ranks disagree, or one is lost.
+    """
+    return handle.synchronize()
+
+
+def submit(
+    collective: Collective,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor | None],
+    *,
+    name: str,
+    process_set: ProcessSet,
+    op: ReduceOp = ReduceOp.Sum,
+    root: int = 0,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+) -> _core.Handle:
+    """Hands contiguous CPU tensors of one dtype to the engine. The caller keeps them alive."""
+    if process_set.process_set_id is None:
+        current_job()  # says that init() is missing, where it is
+        raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
+    return current_job().engine.submit(
+        process_set=process_set.process_set_id,
+        collective=collective,
+        name=name,
+        dtype=_DTYPE_CODES[inputs[0].dtype] if inputs else 0,
+        op=op,
+        root=root,
+        prescale=prescale_factor,
+        postscale=postscale_factor,
+        tensors=[
+            (tuple(i.shape), i.data_ptr(), 0 if o is None else o.data_ptr())
+            for i, o in zip(inputs, outputs, strict=True)
+        ],
+    )
+
+
+def take_name(function: str, name: str | None, process_set: ProcessSet) -> str:
+    """Reserves a name until its handle is synchronised; makes one up for None.
+
+    Raises:
+        ValueError: The name is in use.
+    """
+    if name is None:
+        process_set.calls_without_name += 1
+        name = f"{function}.noname.{process_set.calls_without_name}"
+    if name in process_set.names_in_use:
+        raise ValueError(
+            f"{function}: name must not be in use by a call that was not synchronised, got {name!r}"
+        )
+    process_set.names_in_use.add(name)
+    return name
+
+
+def check_tensors(function: str, tensors: Sequence[torch.Tensor], *, in_place: bool) -> None:
+    """Refuses what the engine cannot take.
+
+    Raises:
+        TypeError: Something is not a tensor, or its dtype is not known.
+        ValueError: A tensor is sparse, not on the CPU, or not contiguous where that is needed.
+    """
+    count = len(tensors)
+    for index, tensor in enumerate(tensors):
+        which = "tensor" if count == 1 else f"tensor {index} of {count}"
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{function}: {which} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{function}: {which} must be dense, got layout {tensor.layout}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{function}: {which} must be on the cpu, got device {tensor.device}")
+        if tensor.dtype not in _DTYPE_CODES:
+            raise TypeError(
+                f"{function}: {which} must have one of the dtypes"
+                f" {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPE_CODES)},"
+                f" got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        if in_place and not tensor.is_contiguous():
+            raise ValueError(
+                f"{function}: {which} must be contiguous, got strides {tuple(tensor.stride())}"
+                f" for shape {tuple(tensor.shape)}"
+            )
+
+
+def mark_written(tensors: Sequence[torch.Tensor]) -> None:
+    """Lets autograd know that the engine wrote into these, as an in-place operation would."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)

@@ -1,0 +1,97 @@
+"""Broadcasts of whole models and of Python objects."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
+from adareduce.torch.broadcast import broadcast_, start_broadcast
+from adareduce.torch.handles import Handle, check_tensors, synchronize
+
+
+def broadcast_parameters(
+    params: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+    root_rank: int,
+    process_set: ProcessSet = global_process_set,
+) -> None:
+    """Copies the root's parameters and buffers into every rank's. Collective; blocks.
+
+    Args:
+        params: ``model.state_dict()`` or ``model.named_parameters()``: the same names, shapes and
+            dtypes in the same order on all ranks. Any strides, any dtype; one request per dtype.
+        root_rank: Global rank whose values count.
+        process_set: The ranks that take part.
+
+    Raises:
+        TypeError: ``params`` holds something that is no tensor.
+        ValueError: As ``broadcast_async_``.
+        HorovodInternalError: The ranks disagree, or one is lost.
+    """
+    with rejected_on_all_ranks(process_set):
+        named = list(params.items()) if isinstance(params, Mapping) else list(params)
+        for entry in named:
+            if not isinstance(entry, tuple) or len(entry) != 2:
+                raise ValueError(
+                    "broadcast_parameters: params must be a dict or pairs of name and tensor, got"
+                    f" an entry {entry!r:.80}"
+                )
+        tensors = [tensor for _, tensor in named]
+        check_tensors("broadcast_parameters", tensors, in_place=False)
+
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    started: list[tuple[list[torch.Tensor], list[torch.Tensor], Handle]] = []
+    for targets in by_dtype.values():
+        dense = [target.contiguous() for target in targets]
+        handle = start_broadcast(
+            dense, root_rank, None, process_set, in_place=True, is_grouped=True
+        )
+        started.append((targets, dense, handle))
+    for targets, dense, handle in started:
+        synchronize(handle)
+        for target, values in zip(targets, dense, strict=True):
+            if values is not target and not target.is_contiguous():
+                target.copy_(values)
+
+
+def broadcast_object(
+    obj: Any,
+    root_rank: int = 0,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> Any:
+    """Returns the root's object on every rank. Collective; blocks.
+
+    Args:
+        obj: Anything that pickle takes; ignored on the other ranks.
+        root_rank: Global rank whose object counts.
+        name: Equal on all ranks.
+        process_set: The ranks that take part.
+
+    Raises:
+        ValueError: As ``broadcast_async_``.
+        HorovodInternalError: The ranks disagree, one is lost, or the root could not pickle.
+    """
+    name = name or "broadcast_object"
+    payload = torch.empty(0, dtype=torch.uint8)
+    if rank() == root_rank:
+        with rejected_on_all_ranks(process_set):
+            try:
+                content = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+            except Exception as error:
+                raise TypeError(
+                    f"broadcast_object: obj must be something that pickle takes, got"
+                    f" {type(obj).__name__}: {error}"
+                ) from error
+        payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    length = torch.tensor([payload.numel()], dtype=torch.int64)
+    broadcast_(length, root_rank, f"{name}.length", process_set)
+    if rank() != root_rank:
+        payload = torch.empty(int(length), dtype=torch.uint8)
+    broadcast_(payload, root_rank, f"{name}.content", process_set)
+    return pickle.loads(payload.numpy().tobytes()) if rank() != root_rank else obj
