@@ -94,10 +94,10 @@ struct FusedBuffer {
 struct PeerView {
   Rank rank = 0;
   int size = 1;
-  const void* const* in = nullptr;         ///< every rank's input
-  void* const* out = nullptr;              ///< every rank's result
-  double* const* scalars = nullptr;        ///< every rank's partial statistics
-  std::uint32_t* const* flags = nullptr;   ///< every rank's epoch counters (acquire / release)
+  const void* const* in = nullptr;        ///< every rank's input
+  void* const* out = nullptr;             ///< every rank's result
+  double* const* scalars = nullptr;       ///< every rank's partial statistics
+  std::uint32_t* const* flags = nullptr;  ///< every rank's epoch counters (acquire / release)
 };
 
 }  // namespace adareduce

@@ -57,8 +57,8 @@ EngineHolder over_threads(const std::shared_ptr<ThreadWorld>& world, Rank rank,
   return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
 }
 
-EngineHolder over_mpi(const py::capsule& plugin, std::int64_t handle, const std::vector<Rank>& ranks,
-                      const Settings& settings) {
+EngineHolder over_mpi(const py::capsule& plugin, std::int64_t handle,
+                      const std::vector<Rank>& ranks, const Settings& settings) {
   const auto* table = plugin.get_pointer<adareduce_mpi_plugin>();
   const py::gil_scoped_release no_gil;
   auto bootstrap = MpiBootstrap::make(table, handle, ranks);
@@ -112,9 +112,9 @@ void bind_engine(py::module_& module) {
           [](EngineHolder& self, int process_set, int collective, std::string name, int dtype,
              int op, Rank root, double prescale, double postscale,
              const std::vector<TensorTuple>& tensors) {
-            return self.get().submit(process_set,
-                                     make_request(collective, std::move(name), dtype, op, root,
-                                                  prescale, postscale, tensors));
+            return self.get().submit(
+                process_set, make_request(collective, std::move(name), dtype, op, root, prescale,
+                                          postscale, tensors));
           },
           py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
           py::arg("dtype"), py::arg("op"), py::arg("root"), py::arg("prescale"),
@@ -143,8 +143,8 @@ void bind_engine(py::module_& module) {
       .def("forget", [](EngineHolder& self) { (void)self.engine.release(); })
       .def(
           "next_event",
-          [](EngineHolder& self, double seconds)
-              -> std::optional<std::pair<std::string, std::string>> {
+          [](EngineHolder& self,
+             double seconds) -> std::optional<std::pair<std::string, std::string>> {
             const auto event = self.get().log().next(Seconds{seconds});
             if (!event) return std::nullopt;
             return {{EventLevelNames::of(event->level), event->text}};

@@ -60,36 +60,45 @@ void bind_schedules(py::module_& module) {
 // Arrays are anything with the buffer protocol; the caller vouches for their sizes.
 void bind_kernels(py::module_& module) {
   module.def("adasum_share", &adasum_share);
-  module.def("pair_stats", [](int dtype, const py::buffer& lower, const py::buffer& upper,
-                              const Segments& segments, std::pair<std::int64_t, std::int64_t> range) {
-    const std::vector<TensorSegment> host = to_table(segments);
-    const SegmentTable table{host.data(), nullptr, static_cast<std::int64_t>(host.size())};
-    std::vector<double> stats(host.size() * kStatsPerSegment);
-    kCpuKernels.pair_stats({{lower.request().ptr, upper.request().ptr, {range.first, range.second},
-                             static_cast<DType>(dtype), &table},
-                            stats.data()},
-                           {});
-    return stats;
-  });
-  module.def("pair_combine", [](int dtype, const py::buffer& lower, const py::buffer& upper,
-                                const Segments& segments, std::pair<std::int64_t, std::int64_t> range,
-                                const std::vector<double>& stats, const py::buffer& out) {
-    const std::vector<TensorSegment> host = to_table(segments);
-    const SegmentTable table{host.data(), nullptr, static_cast<std::int64_t>(host.size())};
-    kCpuKernels.pair_combine({{lower.request().ptr, upper.request().ptr,
-                               {range.first, range.second}, static_cast<DType>(dtype), &table},
-                              stats.data(), out.request(true).ptr},
-                             {});
-  });
+  module.def(
+      "pair_stats", [](int dtype, const py::buffer& lower, const py::buffer& upper,
+                       const Segments& segments, std::pair<std::int64_t, std::int64_t> range) {
+        const std::vector<TensorSegment> host = to_table(segments);
+        const SegmentTable table{host.data(), nullptr, static_cast<std::int64_t>(host.size())};
+        std::vector<double> stats(host.size() * kStatsPerSegment);
+        kCpuKernels.pair_stats({{lower.request().ptr,
+                                 upper.request().ptr,
+                                 {range.first, range.second},
+                                 static_cast<DType>(dtype),
+                                 &table},
+                                stats.data()},
+                               {});
+        return stats;
+      });
+  module.def(
+      "pair_combine", [](int dtype, const py::buffer& lower, const py::buffer& upper,
+                         const Segments& segments, std::pair<std::int64_t, std::int64_t> range,
+                         const std::vector<double>& stats, const py::buffer& out) {
+        const std::vector<TensorSegment> host = to_table(segments);
+        const SegmentTable table{host.data(), nullptr, static_cast<std::int64_t>(host.size())};
+        kCpuKernels.pair_combine({{lower.request().ptr,
+                                   upper.request().ptr,
+                                   {range.first, range.second},
+                                   static_cast<DType>(dtype),
+                                   &table},
+                                  stats.data(),
+                                  out.request(true).ptr},
+                                 {});
+      });
   module.def("pack", [](int dtype, const std::vector<py::buffer>& tensors, const Segments& segments,
                         double scale, const py::buffer& fused, std::int64_t numel) {
     const std::vector<TensorSegment> host = to_table(segments);
     const SegmentTable table{host.data(), nullptr, static_cast<std::int64_t>(host.size())};
     std::vector<const void*> inputs;
     for (const py::buffer& tensor : tensors) inputs.push_back(tensor.request().ptr);
-    kCpuKernels.pack({inputs.data(), fused.request(true).ptr, numel, static_cast<DType>(dtype),
-                      &table, scale},
-                     {});
+    kCpuKernels.pack(
+        {inputs.data(), fused.request(true).ptr, numel, static_cast<DType>(dtype), &table, scale},
+        {});
   });
   module.def("unpack", [](int dtype, const py::buffer& fused, const Segments& segments,
                           double scale, const std::vector<py::buffer>& tensors) {

@@ -115,7 +115,8 @@ std::uint64_t ThreadWorld::wait_for_post(std::uint64_t seen,
 ThreadBootstrap::ThreadBootstrap(std::shared_ptr<ThreadWorld> world, Rank rank)
     : world_(std::move(world)), rank_(rank) {
   if (rank < 0 || rank >= world_->size())
-    throw UsageError(concat("ThreadBootstrap: rank must be in [0, ", world_->size(), "), got ", rank));
+    throw UsageError(
+        concat("ThreadBootstrap: rank must be in [0, ", world_->size(), "), got ", rank));
 }
 
 std::vector<std::string> ThreadBootstrap::allgather(std::string_view mine, Seconds timeout) {
@@ -154,7 +155,8 @@ std::vector<std::string> ThreadBootstrap::allgather(std::string_view mine, Secon
   // Large texts are read in place by the others: they must all have done so before this returns.
   while (!std::all_of(sent.begin(), sent.end(), [&](auto& p) { return world_->is_taken(p); })) {
     if (std::chrono::steady_clock::now() >= until)
-      throw TransportError(concat("bootstrap: a rank did not answer within ", timeout.count(), " s"));
+      throw TransportError(
+          concat("bootstrap: a rank did not answer within ", timeout.count(), " s"));
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
   return all;

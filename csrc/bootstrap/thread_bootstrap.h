@@ -53,8 +53,8 @@ class ThreadWorld {
 
  private:
   struct Box {
-    std::uint64_t expected = 0;     // tickets handed out
-    std::uint64_t first = 0;        // ticket of parcels.front()
+    std::uint64_t expected = 0;        // tickets handed out
+    std::uint64_t first = 0;           // ticket of parcels.front()
     std::deque<ParcelHandle> parcels;  // null: taken out of turn
   };
   ParcelHandle take(Box& box, std::uint64_t ticket);

@@ -15,8 +15,8 @@ std::unique_ptr<Exchange> exchange_with(Context& context, Rank peer, std::int64_
                                  std::span(receive).first(in.empty() ? 0 : 1));
 }
 
-// Adds the statistics of the group's ranks in rank order. Row 0 of `rows` holds this rank's part and
-// receives the sum; the rows after it hold every rank's part by position in the group.
+// Adds the statistics of the group's ranks in rank order. Row 0 of `rows` holds this rank's part
+// and receives the sum; the rows after it hold every rank's part by position in the group.
 // Recursive doubling: log2(group) exchanges.
 Task add_over_group(Context context, std::span<const Rank> group, std::span<double> rows,
                     std::int64_t row_numel) {

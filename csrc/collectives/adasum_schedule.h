@@ -15,7 +15,8 @@ struct AdasumLevel {
   Range keep;            ///< elements that this rank owns after the level
   Range give;            ///< elements that the peer owns after the level
   /// Ranks that the pair of vectors is spread over, increasing: their partial statistics are added.
-  /// A power of two of them; only this rank where the pair lies whole on it; none where it sits out.
+  /// A power of two of them; only this rank where the pair lies whole on it; none where it sits
+  /// out.
   std::vector<Rank> group;
 };
 

@@ -28,8 +28,7 @@ AdasumTree make_adasum_tree(int size) {
   const int core = static_cast<int>(std::bit_floor(static_cast<unsigned>(size)));
   const int folds = size - core;
   std::vector<int> row;
-  for (int i = 0; i < folds; ++i)
-    row.push_back(add_node(AdasumTree::Kind::fold, 2 * i, 2 * i + 1));
+  for (int i = 0; i < folds; ++i) row.push_back(add_node(AdasumTree::Kind::fold, 2 * i, 2 * i + 1));
   for (Rank rank = 2 * folds; rank < size; ++rank) row.push_back(rank);
 
   while (row.size() > 1) {

@@ -11,7 +11,8 @@ namespace adareduce {
 /// in its place of `all`. The arguments stay until the task has ended.
 Task allgather(Context context, int tag, void* all, std::span<const std::int64_t> bytes_of);
 
-/// allgather of `count` numbers per rank; `all` has size * count entries, this rank's are filled in.
+/// allgather of `count` numbers per rank; `all` has size * count entries, this rank's are filled
+/// in.
 Task allgather_numbers(Context context, int tag, std::span<std::int64_t> all, std::int64_t count);
 
 }  // namespace adareduce

@@ -8,7 +8,7 @@ namespace adareduce {
 
 /// A rank's place in the binomial tree of a broadcast.
 struct BroadcastSchedule {
-  Rank parent = -1;  ///< -1 at the root
+  Rank parent = -1;            ///< -1 at the root
   std::vector<Rank> children;  ///< the one with the largest subtree first
 };
 

@@ -9,7 +9,8 @@
 
 namespace adareduce {
 
-/// A collective under way: a coroutine that gives its thread back wherever it would wait for a peer.
+/// A collective under way: a coroutine that gives its thread back wherever it would wait for a
+/// peer.
 ///
 /// Inside one, `co_await transport.start(...)` goes on when the exchange is complete, and
 /// `co_await other_task(...)` when the other one has ended. One thread at a time calls progress().

@@ -66,9 +66,9 @@ int Engine::add_process_set(const std::vector<Rank>& ranks) {
 
   std::shared_ptr<ProcessSet> set;
   if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end())
-    set = std::make_shared<ProcessSet>(concat("process set ", id), ranks,
-                                       transports_->connect(ranks, id), kCpuKernels, settings_,
-                                       log_);
+    set =
+        std::make_shared<ProcessSet>(concat("process set ", id), ranks,
+                                     transports_->connect(ranks, id), kCpuKernels, settings_, log_);
   {
     const std::lock_guard lock(mutex_);
     sets_.push_back(std::move(set));

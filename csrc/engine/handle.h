@@ -5,8 +5,8 @@
 #include <mutex>
 #include <vector>
 
-#include "engine/buffer.h"
 #include "bootstrap/bootstrap.h"
+#include "engine/buffer.h"
 
 namespace adareduce {
 

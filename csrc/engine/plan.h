@@ -29,7 +29,8 @@ struct Plan {
 
 /// Where each tensor of `numels` lies in a fused buffer: one after the other, each on a multiple of
 /// kShardAlignment elements. Returns the segments and the buffer's length.
-std::pair<std::vector<TensorSegment>, std::int64_t> lay_out(const std::vector<std::int64_t>& numels);
+std::pair<std::vector<TensorSegment>, std::int64_t> lay_out(
+    const std::vector<std::int64_t>& numels);
 
 Plan make_plan(const Request& request, Rank rank, int size);
 

@@ -96,9 +96,10 @@ Presence::Missing Presence::find_missing(int channel, std::uint64_t sequence,
       missing.silent.push_back(global);
     } else if (state.progress.submitted[static_cast<std::size_t>(channel)] <= sequence) {
       missing.late.push_back(global);
-      late += concat(late.empty() ? "" : "; ", "rank ", global, " is alive and has not made this call",
-                     state.progress.last_call.empty() ? " or any before it" : ", its last one was ",
-                     state.progress.last_call);
+      late +=
+          concat(late.empty() ? "" : "; ", "rank ", global, " is alive and has not made this call",
+                 state.progress.last_call.empty() ? " or any before it" : ", its last one was ",
+                 state.progress.last_call);
     }
   }
   if (!missing.silent.empty())

@@ -296,9 +296,9 @@ Task ProcessSet::perform_allreduce(Work& work) {
                  .scale = request.prescale},
                 context.stream);
   const FusedBuffer fused{data_.data(), scratch_.data(), plan.numel, plan.dtype, table};
-  co_await allreduce(context, plan.allreduce, fused,
-                     {static_cast<double*>(stats_.data()),
-                      static_cast<std::size_t>(plan.allreduce.stats_numel)});
+  co_await allreduce(
+      context, plan.allreduce, fused,
+      {static_cast<double*>(stats_.data()), static_cast<std::size_t>(plan.allreduce.stats_numel)});
   kernels_.unpack({.fused = data_.data(),
                    .tensors = outputs.data(),
                    .dtype = plan.dtype,
@@ -327,11 +327,9 @@ Task ProcessSet::perform_broadcast(Work& work) {
                      static_cast<std::int64_t>(plan.fused_bytes()));
   std::vector<void*> outputs;
   for (const TensorArg& tensor : request.tensors) outputs.push_back(tensor.output);
-  kernels_.unpack({.fused = data_.data(),
-                   .tensors = outputs.data(),
-                   .dtype = plan.dtype,
-                   .segments = &table},
-                  context.stream);
+  kernels_.unpack(
+      {.fused = data_.data(), .tensors = outputs.data(), .dtype = plan.dtype, .segments = &table},
+      context.stream);
   work.handle->finish();
 }
 
@@ -400,7 +398,8 @@ Task ProcessSet::perform_allgather(Work& work) {
   work.handle->finish(std::move(gathered));
 }
 
-// ---- waits that become long ----------------------------------------------------------------------
+// ---- waits that become long
+// ----------------------------------------------------------------------
 
 void ProcessSet::watch(int index, Clock::time_point now) {
   Channel& channel = channels_[static_cast<std::size_t>(index)];
@@ -417,23 +416,23 @@ void ProcessSet::watch(int index, Clock::time_point now) {
   if (waited < std::min(next_warning, settings_.fail_after)) return;
   const Work& work = *channel.current;
   const Clock::time_point lately = now - std::chrono::duration_cast<Clock::duration>(kAnswerWithin);
-  const Presence::Missing missing = presence_.find_missing(
-      index, work.header.sequence, std::max(channel.waiting_since, lately));
-  const std::string call = concat(describe(work.request), " (request ", work.header.sequence,
-                                  " of ", name_, ")");
+  const Presence::Missing missing =
+      presence_.find_missing(index, work.header.sequence, std::max(channel.waiting_since, lately));
+  const std::string call =
+      concat(describe(work.request), " (request ", work.header.sequence, " of ", name_, ")");
   // A rank that has finished may wait for as long as the others are alive: they may be evaluating.
-  const bool may_fail = !(work.request.flags & kLeaving) || !work.request.is_orderly ||
-                        !missing.silent.empty();
+  const bool may_fail =
+      !(work.request.flags & kLeaving) || !work.request.is_orderly || !missing.silent.empty();
   if (waited >= settings_.fail_after && may_fail) {
-    break_down(concat(call, ": gave up after ", seconds_text(settings_.fail_after), ": ",
-                      missing.text));
+    break_down(
+        concat(call, ": gave up after ", seconds_text(settings_.fail_after), ": ", missing.text));
     return;
   }
   if (waited >= next_warning) {
     channel.reported = waited;
-    log_.add(EventLog::Level::warning, concat(call, ": waiting for ", seconds_text(waited), ": ",
-                                              missing.text, ". Gives up after ",
-                                              seconds_text(settings_.fail_after), "."));
+    log_.add(EventLog::Level::warning,
+             concat(call, ": waiting for ", seconds_text(waited), ": ", missing.text,
+                    ". Gives up after ", seconds_text(settings_.fail_after), "."));
   }
 }
 

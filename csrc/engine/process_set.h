@@ -49,7 +49,8 @@ class ProcessSet {
   bool is_moving_bytes() const;
   /// Answers the questions of peers that wait.
   void serve_peers(Clock::time_point now);
-  /// Ends everything with this error; nothing can be submitted afterwards. `tell_peers`: on them too.
+  /// Ends everything with this error; nothing can be submitted afterwards. `tell_peers`: on them
+  /// too.
   void break_down(const std::string& text, bool tell_peers = true);
   /// Why nothing can be submitted, if so; and whether messages may be lost (a clean departure of
   /// all ranks loses none).
@@ -68,10 +69,10 @@ class ProcessSet {
   struct Channel {
     int header_tag = 0;
     int record_tag = 0;
-    std::uint64_t submitted = 0;          // guarded by mutex_
-    std::deque<Work> queue;               // guarded by mutex_
-    bool is_closed = false;               // guarded by mutex_
-    std::optional<Work> current;          // worker only, like all below
+    std::uint64_t submitted = 0;  // guarded by mutex_
+    std::deque<Work> queue;       // guarded by mutex_
+    bool is_closed = false;       // guarded by mutex_
+    std::optional<Work> current;  // worker only, like all below
     std::optional<Task> task;
     bool is_agreed = false;
     std::uint64_t seen_exchanges = 0;

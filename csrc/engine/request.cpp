@@ -61,8 +61,9 @@ void check(const Request& request, int num_ranks) {
       if (extent < 0) refuse("tensor ", i, " must have a shape, got ", shape_text(tensor.shape));
     if (request.collective == Collective::allgather && tensor.shape.empty())
       refuse("tensor ", i, " must have at least one dimension, got a scalar");
-    const bool has_memory = tensor.input != nullptr &&
-                            (tensor.output != nullptr || request.collective == Collective::allgather);
+    const bool has_memory =
+        tensor.input != nullptr &&
+        (tensor.output != nullptr || request.collective == Collective::allgather);
     if (tensor.numel() > 0 && !has_memory) refuse("tensor ", i, " has elements but no memory");
   }
 }
@@ -126,8 +127,10 @@ std::string describe(const Request& request) {
   if (request.device.kind != DeviceKind::cpu) text += ", device=cuda";
   if (request.collective == Collective::allreduce) {
     text += concat(", op=", name_of(request.op));
-    if (request.prescale != 1.0) text += concat(", prescale_factor=", number_text(request.prescale));
-    if (request.postscale != 1.0) text += concat(", postscale_factor=", number_text(request.postscale));
+    if (request.prescale != 1.0)
+      text += concat(", prescale_factor=", number_text(request.prescale));
+    if (request.postscale != 1.0)
+      text += concat(", postscale_factor=", number_text(request.postscale));
   }
   if (request.collective == Collective::broadcast) text += concat(", root_rank=", request.root);
   const std::size_t count = request.tensors.size();

@@ -47,8 +47,8 @@ struct Request {
   std::vector<TensorArg> tensors;
 
   std::uint32_t flags = kNormal;
-  std::string reason;            ///< why it is flagged, for people
-  bool is_orderly = true;        ///< of kLeaving: not because of an error
+  std::string reason;      ///< why it is flagged, for people
+  bool is_orderly = true;  ///< of kLeaving: not because of an error
 };
 
 /// Throws UsageError for what no collective of `num_ranks` ranks can do. Python checks with better

@@ -5,10 +5,10 @@ namespace adareduce {
 
 /// How long the engine waits. Read from the environment by Python, never here.
 struct Settings {
-  Seconds warn_after{60};       ///< a wait this long is reported, and again after as long
-  Seconds fail_after{600};      ///< a wait this long breaks the process set
-  Seconds idle_tick{0.5};       ///< how often an idle engine looks for questions of its peers
-  Seconds spin_for{50e-6};      ///< busy polling before the first sleep while ranks gather
+  Seconds warn_after{60};   ///< a wait this long is reported, and again after as long
+  Seconds fail_after{600};  ///< a wait this long breaks the process set
+  Seconds idle_tick{0.5};   ///< how often an idle engine looks for questions of its peers
+  Seconds spin_for{50e-6};  ///< busy polling before the first sleep while ranks gather
   Seconds longest_sleep{200e-6};
   /// Fused buffers above this size are given back to the system after each request.
   std::int64_t keep_buffer_bytes = std::int64_t{256} << 20;

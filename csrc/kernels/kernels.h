@@ -7,7 +7,7 @@ namespace adareduce {
 struct VectorPair {
   const void* lower = nullptr;  ///< of the node with the lower rank
   const void* upper = nullptr;
-  Range range;                  ///< the elements to read
+  Range range;  ///< the elements to read
   DType dtype = DType::f32;
   const SegmentTable* segments = nullptr;
 };
@@ -17,7 +17,8 @@ inline constexpr int kStatsPerSegment = 3;
 
 struct PairStatsArgs {
   VectorPair pair;
-  double* stats = nullptr;  ///< [segments][kStatsPerSegment], over the part of each inside the range
+  double* stats =
+      nullptr;  ///< [segments][kStatsPerSegment], over the part of each inside the range
 };
 
 struct PairCombineArgs {

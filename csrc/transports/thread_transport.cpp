@@ -56,8 +56,7 @@ class ThreadTransport final : public Transport {
   std::unique_ptr<Exchange> start(int tag, std::span<const SendPart> sends,
                                   std::span<const RecvPart> receives) override {
     auto exchange = std::make_unique<ThreadExchange>(*world_);
-    for (const RecvPart& part : receives)
-      exchange->receive({group_, tag, part.peer, rank_}, part);
+    for (const RecvPart& part : receives) exchange->receive({group_, tag, part.peer, rank_}, part);
     for (const SendPart& part : sends) exchange->send({group_, tag, rank_, part.peer}, part);
     return exchange;
   }

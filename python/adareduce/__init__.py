@@ -1,7 +1,7 @@
 """Collective communication for PyTorch: Adasum, averages and sums for any number of ranks.
 
-Training scripts use ``import adareduce.torch as hvd``. Importing this package loads neither torch nor
-MPI.
+Training scripts use ``import adareduce.torch as hvd``. Importing this package loads neither torch
+nor MPI.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -1,9 +1,11 @@
 """Engine, collectives and CPU kernels. Links neither MPI nor CUDA."""
 
 from collections.abc import Sequence
-from types import CapsuleType
+from types import ModuleType
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, CapsuleType
+
+testing: ModuleType
 
 class HorovodInternalError(RuntimeError): ...
 class DisagreementError(HorovodInternalError): ...

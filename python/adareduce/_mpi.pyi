@@ -1,6 +1,6 @@
 """The MPI that adareduce was built for."""
 
-from types import CapsuleType
+from typing_extensions import CapsuleType
 
 def plugin() -> CapsuleType: ...
 def library_version() -> str: ...

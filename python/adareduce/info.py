@@ -47,11 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     for title, value in found.items():
         if not isinstance(value, dict):
-            print(f"{title:<14}{value}")
+            print(f"{title:<16}{value}")
             continue
-        print(f"{title:<14}{'' if value else 'none'}".rstrip())
+        print(f"{title:<16}{'' if value else 'none'}".rstrip())
         for name, text in value.items():
-            print(f"  {name:<14}{text}")
+            print(f"  {name:<13} {text}")
 
 
 def _version(distribution: str) -> str | None:

@@ -26,11 +26,8 @@ class _RankHandler(logging.StreamHandler):  # type: ignore[type-arg]
     def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         host = socket.gethostname().replace("%", "%%")
-        self.setFormatter(
-            logging.Formatter(
-                f"[%(asctime)s rank {rank} of {size} on {host}] adareduce %(levelname)s: %(message)s"
-            )
-        )
+        prefix = f"[%(asctime)s rank {rank} of {size} on {host}]"
+        self.setFormatter(logging.Formatter(f"{prefix} adareduce %(levelname)s: %(message)s"))
 
 
 class EventThread:

@@ -1,13 +1,14 @@
 """The life of a job: init, shutdown, who is there, and what happens when a process ends.
 
-There is one engine per process. Everything here is about when it comes and goes; what it does stands
-in ``csrc/engine``.
+There is one engine per process. Everything here is about when it comes and goes; what it does
+stands in ``csrc/engine``.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -101,8 +102,8 @@ def init(
 ) -> None:
     """Connects this process with the other ranks. Collective, blocks; a second call does nothing.
 
-    Under mpirun the ranks are those of MPI. A process that was not started by a launcher is a job of
-    one rank; it needs no MPI if none was built in.
+    Under mpirun the ranks are those of MPI. A process that was not started by a launcher is a job
+    of one rank; it needs no MPI if none was built in.
 
     Args:
         comm: None for all ranks; a list of ranks, increasing, that form the job (call it on those
@@ -168,7 +169,7 @@ def _check_ranks(argument: str, ranks: Sequence[int], size: int) -> list[int]:
         raise ValueError(
             f"{argument} must be a list of ranks or an mpi4py communicator, got {ranks!r}"
         ) from error
-    is_increasing = all(a < b for a, b in zip(checked, checked[1:], strict=False))
+    is_increasing = all(a < b for a, b in itertools.pairwise(checked))
     if not checked or not is_increasing or checked[0] < 0 or checked[-1] >= size:
         raise ValueError(f"{argument} must hold increasing ranks in [0, {size}), got {checked}")
     return checked
@@ -383,8 +384,8 @@ def _check_not_forked() -> None:
 def rejected_on_all_ranks(process_set: ProcessSet, *, is_barrier: bool = False) -> Iterator[None]:
     """Around the checks and the submission of one call: a mistake raises on the other ranks too.
 
-    A call that raises ValueError or TypeError here takes its place in the sequence of calls, so that
-    the others, who may have made a correct one, do not wait for it.
+    A call that raises ValueError or TypeError here takes its place in the sequence of calls, so
+    that the others, who may have made a correct one, do not wait for it.
     """
     try:
         yield

@@ -51,7 +51,10 @@ class Settings:
                 environ, "ADAREDUCE_WARN_AFTER_SECONDS", "HOROVOD_STALL_CHECK_TIME_SECONDS", 60.0
             ),
             fail_after=_seconds(
-                environ, "ADAREDUCE_FAIL_AFTER_SECONDS", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 600.0
+                environ,
+                "ADAREDUCE_FAIL_AFTER_SECONDS",
+                "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS",
+                600.0,
             ),
             log_level=_log_level(environ),
         )

@@ -46,7 +46,7 @@ def allgather(
 
     The gradient is the sum of all ranks' gradients for this rank's rows.
     """
-    result: torch.Tensor = _Allgather.apply(tensor, name, process_set)
+    result: torch.Tensor = _Allgather.apply(tensor, name, process_set)  # type: ignore[no-untyped-call]
     return result
 
 

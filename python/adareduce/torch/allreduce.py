@@ -107,7 +107,7 @@ def grouped_allreduce(
     ``backward`` raises.
     """
     compressed, contexts = _compress(list(tensors), compression, process_set)
-    results = _Allreduce.apply(
+    results = _Allreduce.apply(  # type: ignore[no-untyped-call]
         average, name, op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
         *compressed,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def allreduce(
     """As ``grouped_allreduce`` for one tensor."""
     compressed, contexts = _compress([tensor], compression, process_set)
     result: torch.Tensor
-    (result,) = _Allreduce.apply(
+    (result,) = _Allreduce.apply(  # type: ignore[no-untyped-call]
         average, name, op, prescale_factor, postscale_factor, process_set, "allreduce", *compressed
     )
     return compression.decompress(result, contexts[0])
@@ -212,7 +212,7 @@ class _Allreduce(torch.autograd.Function):
                     f"{function}: op must be Average or Sum where backward is called, got Adasum,"
                     " which has no gradient"
                 )
-        reduced = _Allreduce.apply(
+        reduced = _Allreduce.apply(  # type: ignore[no-untyped-call]
             None, None, ctx.op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
             *gradients,
         )  # fmt: skip

@@ -78,7 +78,7 @@ def broadcast(
 
     The root's gradient is the sum of all ranks' gradients; the others' is zero.
     """
-    result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)
+    result: torch.Tensor = _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -144,7 +144,9 @@ def check_tensors(function: str, tensors: Sequence[torch.Tensor], *, in_place: b
     for index, tensor in enumerate(tensors):
         which = "tensor" if count == 1 else f"tensor {index} of {count}"
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{function}: {which} must be a torch.Tensor, got {type(tensor).__name__}")
+            raise TypeError(
+                f"{function}: {which} must be a torch.Tensor, got {type(tensor).__name__}"
+            )
         if tensor.layout != torch.strided:
             raise ValueError(f"{function}: {which} must be dense, got layout {tensor.layout}")
         if tensor.device.type != "cpu":
