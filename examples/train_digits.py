@@ -3,9 +3,10 @@
     mpirun -n 2 python examples/train_digits.py --reduce adasum
 
 The data (1,797 images of 8 x 8 pixels) ship with scikit-learn. Every rank computes the gradient of
-its own micro-batch; one grouped all-reduce makes one gradient of them all; every rank takes the same
-step. The learning rate is the one for a single worker, whatever the number of ranks: with --reduce
-sum the step grows with the ranks, with average it does not, Adasum decides from the gradients.
+its own micro-batch; one grouped all-reduce makes one gradient of them all; every rank takes the
+same step. The learning rate is the one for a single worker, whatever the number of ranks: with
+--reduce sum the step grows with the ranks, with average it does not, Adasum decides from the
+gradients.
 """
 
 from __future__ import annotations

@@ -51,11 +51,10 @@ typedef struct {
   /* MPI_THREAD_MULTIPLE is provided. */
   int32_t (*has_thread_multiple)(void);
 
-  /* A communicator of our own over all ranks of the one behind mpi4py's handle (MPI._handleof), or,
-   * where count > 0, over `ranks` of it, in that order. Collective over those ranks only, blocks.
+  /* The communicator behind mpi4py's handle (MPI._handleof), which stays the user's: good for being
+   * a parent and for messages on tags of ours. Local.
    * The handle is unsigned because mpi4py sign-extends MPICH's ints: a duplicate exceeds 2^63. */
-  int32_t (*adopt)(uint64_t handle, const int32_t* ranks, int32_t count, adareduce_comm** out,
-                   adareduce_error* error);
+  int32_t (*borrow)(uint64_t handle, adareduce_comm** out, adareduce_error* error);
   /* A communicator over `ranks` of `parent`, in that order. Collective over those ranks only,
    * blocks. Concurrent calls need different tags. */
   int32_t (*create)(adareduce_comm* parent, const int32_t* ranks, int32_t count, int32_t tag,
@@ -73,8 +72,6 @@ typedef struct {
   /* Collective over comm: gathers `bytes` from every rank into `all` (size * bytes), rank order. */
   int32_t (*start_allgather)(adareduce_comm* comm, const void* mine, void* all, int64_t bytes,
                              adareduce_op** out, adareduce_error* error);
-  /* Collective over comm. */
-  int32_t (*start_barrier)(adareduce_comm* comm, adareduce_op** out, adareduce_error* error);
   /* *done = 1 when every message of the group is complete and as long as announced. After an error
    * or done the operation is only good for `release`. */
   int32_t (*test)(adareduce_op* op, int32_t* done, adareduce_error* error);

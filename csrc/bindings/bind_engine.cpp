@@ -57,12 +57,12 @@ EngineHolder over_threads(const std::shared_ptr<ThreadWorld>& world, Rank rank,
   return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
 }
 
-EngineHolder over_mpi(const py::capsule& plugin, std::int64_t handle,
+EngineHolder over_mpi(const py::capsule& plugin, std::uint64_t handle,
                       const std::vector<Rank>& ranks, const Settings& settings) {
   const auto* table = plugin.get_pointer<adareduce_mpi_plugin>();
   const py::gil_scoped_release no_gil;
-  auto bootstrap = MpiBootstrap::make(table, handle, ranks);
-  auto transports = std::make_shared<MpiTransportProvider>(bootstrap);
+  auto bootstrap = MpiBootstrap::make(table, handle, ranks, settings.fail_after);
+  auto transports = std::make_shared<MpiTransportProvider>(bootstrap, settings.fail_after);
   return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
 }
 

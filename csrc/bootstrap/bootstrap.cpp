@@ -43,8 +43,9 @@ ProcessInfo decode(const std::string& text) {
   const std::size_t first = text.find(kSeparator);
   const std::size_t second = text.find(kSeparator, first + 1);
   if (first == std::string::npos || second == std::string::npos)
-    throw TransportError("init: a rank described its process in a way that this version of "
-                         "adareduce does not understand");
+    throw TransportError(
+        "init: a rank described its process in a way that this version of "
+        "adareduce does not understand");
   ProcessInfo info;
   info.pid = std::stoll(text.substr(0, first));
   info.pid_namespace = text.substr(first + 1, second - first - 1);

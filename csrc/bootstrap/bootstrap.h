@@ -26,13 +26,16 @@ class Bootstrap {
   /// Returns when every rank has called. Throws TransportError after `timeout`.
   virtual void barrier(Seconds timeout) = 0;
 
+  /// After a failure: the destructor will not wait for anybody.
+  virtual void abandon() {}
+
   /// "mpi", "threads".
   virtual std::string_view kind() const = 0;
 };
 
 /// One rank's process: enough to tell whether it shares this machine and whether it is alive.
 struct ProcessInfo {
-  std::string host;           ///< equal for ranks that share memory and a network name
+  std::string host;           ///< host name, a blank, and what else makes a node (bootstrap.cpp)
   std::int64_t pid = 0;       ///< 0 where ranks are threads
   std::string pid_namespace;  ///< pids can be compared where these are equal
 };
@@ -45,7 +48,7 @@ struct Layout {
   int local_size = 1;
   int cross_rank = 0;  ///< place of this node among the nodes that have this local_rank
   int cross_size = 1;
-  bool homogeneous = true;  ///< every node holds the same number of ranks
+  bool homogeneous = true;             ///< every node holds the same number of ranks
   std::vector<ProcessInfo> processes;  ///< by rank
 };
 

@@ -13,6 +13,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int kWordsTag = 0;  // barrier_among() is called with other tags
+// On the user's communicator, where they are unlikely to be anyone else's.
+constexpr int kMeetingTag = 19162;
+constexpr int kCreationTag = 19163;
 // One round of an all-gather. Bounds what a rank with a long text costs the others.
 constexpr std::int64_t kBlockBytes = 1 << 20;
 
@@ -52,7 +55,7 @@ void check_plugin(int status, const adareduce_error& error) {
 
 std::shared_ptr<MpiBootstrap> MpiBootstrap::make(const adareduce_mpi_plugin* plugin,
                                                  std::uint64_t handle,
-                                                 const std::vector<Rank>& ranks) {
+                                                 const std::vector<Rank>& ranks, Seconds timeout) {
   if (plugin->version != ADAREDUCE_MPI_PLUGIN_VERSION || plugin->bytes != sizeof *plugin)
     throw UsageError(concat("init: adareduce._mpi must be of the same build as adareduce._core (",
                             "plugin version ", ADAREDUCE_MPI_PLUGIN_VERSION, "), got version ",
@@ -62,13 +65,23 @@ std::shared_ptr<MpiBootstrap> MpiBootstrap::make(const adareduce_mpi_plugin* plu
   if (!plugin->has_thread_multiple())
     throw UsageError(concat("init: MPI must provide MPI_THREAD_MULTIPLE, ",
                             plugin->library_version(), " was initialised with less"));
-  adareduce_comm* comm = nullptr;
   adareduce_error error{};
-  const std::vector<std::int32_t> chosen(ranks.begin(), ranks.end());
-  check_plugin(plugin->adopt(handle, chosen.data(), static_cast<std::int32_t>(chosen.size()), &comm,
-                             &error),
+  adareduce_comm* borrowed = nullptr;
+  check_plugin(plugin->borrow(handle, &borrowed, &error), error);
+  MpiBootstrap theirs(plugin, borrowed);
+  std::vector<Rank> members = ranks;
+  if (members.empty()) {
+    members.resize(static_cast<std::size_t>(theirs.size()));
+    std::iota(members.begin(), members.end(), 0);
+  }
+  // MPI's creation of a communicator cannot be timed out, so everyone is awaited first.
+  theirs.gather_words(0, members, kMeetingTag, "init", timeout);
+  const std::vector<std::int32_t> chosen(members.begin(), members.end());
+  adareduce_comm* own = nullptr;
+  check_plugin(plugin->create(borrowed, chosen.data(), static_cast<std::int32_t>(chosen.size()),
+                              kCreationTag, &own, &error),
                error);
-  return std::shared_ptr<MpiBootstrap>(new MpiBootstrap(plugin, comm));
+  return std::shared_ptr<MpiBootstrap>(new MpiBootstrap(plugin, own));
 }
 
 MpiBootstrap::MpiBootstrap(const adareduce_mpi_plugin* plugin, adareduce_comm* comm)
@@ -118,10 +131,9 @@ std::vector<std::int64_t> MpiBootstrap::gather_words(std::int64_t word, std::spa
       if (Clock::now() > deadline) {
         std::vector<Rank> missing;
         for (const std::size_t i : awaited) missing.push_back(ranks[i]);
-        throw TransportError(
-            concat(what, ": no sign of rank", missing.size() > 1 ? "s " : " ",
-                   join_words(missing), " within ", timeout.count(), " s"),
-            missing.front());
+        throw TransportError(concat(what, ": no sign of rank", missing.size() > 1 ? "s " : " ",
+                                    join_words(missing), " within ", timeout.count(), " s"),
+                             missing.front());
       }
       backoff.pause();
     }
@@ -153,8 +165,8 @@ std::string MpiBootstrap::gather_blocks(std::string block, Seconds timeout) {
     const auto deadline = Clock::now() + timeout;
     for (Backoff backoff; !is_done(*plugin_, op); backoff.pause()) {
       if (Clock::now() > deadline)
-        throw TransportError(
-            concat("allgather: not complete within ", timeout.count(), " s, though all ranks came"));
+        throw TransportError(concat("allgather: not complete within ", timeout.count(),
+                                    " s, though all ranks came"));
     }
   } catch (...) {
     abandon();

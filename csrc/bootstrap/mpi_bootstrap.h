@@ -15,11 +15,13 @@ void check_plugin(int status, const adareduce_error& error);
 /// A communicator of MPI's, reached through the function table of `_mpi`. Owns it.
 class MpiBootstrap final : public Bootstrap {
  public:
-  /// Duplicates the communicator behind mpi4py's `handle`, or makes one of its `ranks` if any are
-  /// given (increasing, the caller among them). Collective over those ranks only, blocks.
-  /// Throws UsageError for a plugin of another version or an MPI without MPI_THREAD_MULTIPLE.
+  /// A communicator of our own over all ranks of the one behind mpi4py's `handle`, or over `ranks`
+  /// of it if any are given (increasing, the caller among them). Collective over those ranks only.
+  /// Throws UsageError for a plugin of another version or an MPI without MPI_THREAD_MULTIPLE,
+  /// TransportError that names the missing ranks after `timeout`.
   static std::shared_ptr<MpiBootstrap> make(const adareduce_mpi_plugin* plugin,
-                                            std::uint64_t handle, const std::vector<Rank>& ranks);
+                                            std::uint64_t handle, const std::vector<Rank>& ranks,
+                                            Seconds timeout);
   ~MpiBootstrap() override;
 
   Rank rank() const override;
@@ -28,14 +30,15 @@ class MpiBootstrap final : public Bootstrap {
   void barrier(Seconds timeout) override;
   std::string_view kind() const override { return "mpi"; }
 
-  /// Returns when each of `ranks` (the caller among them) has called with this `tag`, which no other
-  /// call may use meanwhile. Throws TransportError that names the missing ranks after `timeout`.
+  /// Returns when each of `ranks` (the caller among them) has called with this `tag`, which no
+  /// other call may use meanwhile. Throws TransportError that names the missing ranks after
+  /// `timeout`.
   void barrier_among(std::span<const Rank> ranks, int tag, Seconds timeout);
 
   const adareduce_mpi_plugin& plugin() const { return *plugin_; }
   adareduce_comm* comm() const { return comm_; }
   /// After a failure: the destructor frees nothing that a dead rank would have to join.
-  void abandon() { abandoned_ = true; }
+  void abandon() override { abandoned_ = true; }
 
  private:
   MpiBootstrap(const adareduce_mpi_plugin* plugin, adareduce_comm* comm);

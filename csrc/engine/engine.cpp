@@ -34,7 +34,6 @@ Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportPr
       layout_(discover_layout(*bootstrap_, describe_this_process(), settings_.fail_after)),
       liveness_(bootstrap_->kind() == "threads" ? Liveness()
                                                 : Liveness(layout_.processes, layout_.rank)) {
-  bootstrap_->barrier(settings_.fail_after);  // connecting blocks for ever if a rank is missing
   const std::vector<Rank> ranks = all_ranks(layout_.size);
   sets_.push_back(std::make_shared<ProcessSet>("the global process set", ranks,
                                                transports_->connect(ranks, kGlobalSet), kCpuKernels,
@@ -47,6 +46,7 @@ Engine::~Engine() {
   wakeup_.wake();
   worker_.join();
   log_.close();
+  if (!breakage().empty()) bootstrap_->abandon();
 }
 
 int Engine::add_process_set(const std::vector<Rank>& ranks) {
@@ -187,10 +187,11 @@ void Engine::report_deaths(const Sets& sets, Clock::time_point now) {
       if (std::find(dead.begin(), dead.end(), rank) != dead.end()) lost.push_back(rank);
     if (lost.empty() || set->is_over()) continue;
     std::string who;
-    for (const Rank rank : lost)
-      who += concat(who.empty() ? "" : ", ", "rank ", rank, " (process ",
-                    layout_.processes[static_cast<std::size_t>(rank)].pid, " on ",
-                    layout_.processes[static_cast<std::size_t>(rank)].host, ")");
+    for (const Rank rank : lost) {
+      const ProcessInfo& process = layout_.processes[static_cast<std::size_t>(rank)];
+      who += concat(who.empty() ? "" : ", ", "rank ", rank, " (process ", process.pid, " on ",
+                    process.host.substr(0, process.host.find(' ')), ")");
+    }
     set->break_down(concat(who, lost.size() == 1 ? " has died" : " have died"));
   }
 }

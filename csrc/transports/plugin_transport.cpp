@@ -69,10 +69,10 @@ class PluginTransport final : public Transport {
   Rank try_receive(int tag, std::span<std::byte> buffer, std::int64_t& bytes) override {
     Rank source = -1;
     adareduce_error error{};
-    check_plugin(plugin_.try_receive(comm_, tag, buffer.data(),
-                                     static_cast<std::int64_t>(buffer.size()), &source, &bytes,
-                                     &error),
-                 error);
+    check_plugin(
+        plugin_.try_receive(comm_, tag, buffer.data(), static_cast<std::int64_t>(buffer.size()),
+                            &source, &bytes, &error),
+        error);
     return source;
   }
 

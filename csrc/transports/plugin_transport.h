@@ -11,8 +11,7 @@ namespace adareduce {
 class MpiTransportProvider final : public TransportProvider {
  public:
   /// Keeps the bootstrap's communicator alive. `timeout`: how long `connect` waits for a rank.
-  explicit MpiTransportProvider(std::shared_ptr<MpiBootstrap> bootstrap,
-                                Seconds timeout = Seconds(600));
+  MpiTransportProvider(std::shared_ptr<MpiBootstrap> bootstrap, Seconds timeout);
   /// Throws TransportError that names the missing ranks after the time-out.
   TransportPair connect(std::span<const Rank> ranks, int id) override;
 

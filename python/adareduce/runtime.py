@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import threading
 import time
@@ -27,6 +26,8 @@ HorovodInternalError = _core.HorovodInternalError
 _ORDERLY_EXIT = "its program has ended"
 # How long the survivors of a broken job get to print their own errors before the job is ended.
 _LAST_WORDS_SECONDS = 2.0
+_TURN_SECONDS = 0.5
+_MOST_TURNS = 8
 _WAIT_SECONDS = 0.2  # between two looks for Ctrl-C; waits themselves cost nothing
 
 
@@ -157,8 +158,6 @@ def _connect(comm: Sequence[int] | Any | None, settings: Settings) -> _core.Engi
             raise ValueError(
                 f"init: comm must contain the calling rank {mpi.COMM_WORLD.Get_rank()}, got {ranks}"
             )
-    if mpi.Get_library_version().startswith("MPICH"):
-        _outlive_peers()
     return _core.Engine.over_mpi(_mpi.plugin(), mpi._handleof(communicator), ranks, core_settings)
 
 
@@ -173,14 +172,6 @@ def _check_ranks(argument: str, ranks: Sequence[int], size: int) -> list[int]:
     if not checked or not is_increasing or checked[0] < 0 or checked[-1] >= size:
         raise ValueError(f"{argument} must hold increasing ranks in [0, {size}), got {checked}")
     return checked
-
-
-def _outlive_peers() -> None:
-    # MPICH's mpirun -disable-auto-cleanup tells survivors of a death by SIGUSR1, whose default is
-    # to die as well. The engine notices deaths by itself.
-    with contextlib.suppress(ValueError):  # not the main thread
-        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-            signal.signal(signal.SIGUSR1, lambda signum, frame: None)
 
 
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
@@ -348,15 +339,18 @@ def _at_exit() -> None:
             )
         _leave(job, error or _ORDERLY_EXIT, is_orderly=error is None)
     mpi = _process.mpi
-    if mpi is None or not _process.owns_mpi or mpi.Is_finalized():
+    if mpi is None or mpi.Is_finalized():
         return
     if not _process.is_broken:
-        mpi.Finalize()
+        if _process.owns_mpi:
+            mpi.Finalize()
         return
-    # The lost rank cannot take part in Finalize. Abort ends the whole job, so the other survivors
-    # are given time to say what they saw.
+    # The lost rank cannot take part in Finalize, so the job is aborted. The other survivors are given
+    # time to say what they saw, and one rank aborts before the others try: several at once make
+    # Open MPI's launcher hang.
     sys.stderr.flush()
-    time.sleep(_LAST_WORDS_SECONDS)
+    turn = min(mpi.COMM_WORLD.Get_rank(), _MOST_TURNS)
+    time.sleep(_LAST_WORDS_SECONDS + turn * _TURN_SECONDS)
     mpi.COMM_WORLD.Abort(1)
 
 

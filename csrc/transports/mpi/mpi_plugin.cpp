@@ -1,31 +1,17 @@
-// The only file that includes MPI's headers. Inside: C++20, and a failed call throws Failure.
-// At the border: guarded() turns everything into a status and a text.
-#define OMPI_SKIP_MPICXX 1
-#define MPICH_SKIP_MPICXX 1
-#include <mpi.h>
-#if defined(OPEN_MPI) && __has_include(<mpi-ext.h>)
-#include <mpi-ext.h>
-#endif
-
+// Inside: C++20, and a failed call throws Failure. At the border: guarded() turns everything into a
+// status and a text.
 #include <atomic>
 #include <bit>
 #include <climits>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "transports/mpi/mpi_call.h"
 #include "transports/mpi/mpi_plugin_table.h"
-
-struct adareduce_comm {
-  MPI_Comm native = MPI_COMM_NULL;
-  int rank = 0;
-  int size = 1;
-};
 
 struct adareduce_op {
   // What one request moves; parallel to `requests`.
@@ -50,117 +36,13 @@ struct adareduce_op {
 
 namespace {
 
+using namespace adareduce::mpi;
+
 std::atomic<std::int64_t> g_max_message_bytes{std::int64_t{1} << 30};
 
-// A tag for MPI_Comm_create_group on a communicator that is not ours: unlikely to be anyone else's.
-constexpr int kAdoptTag = 19162;
 // A short message has arrived whole once it can be matched; the limit only guards against a sender
 // that stopped in the middle of one.
 constexpr int kReceiveTests = 1'000'000;
-
-struct Failure {
-  int code;  // MPI's, or MPI_SUCCESS where MPI itself found nothing wrong
-  int peer;
-  std::string text;
-};
-
-std::string words_of(int code) {
-  char words[MPI_MAX_ERROR_STRING] = "";
-  int length = 0;
-  MPI_Error_string(code, words, &length);
-  return words;
-}
-
-void check(int code, const char* call, int line, int peer = -1) {
-  if (code == MPI_SUCCESS) return;
-  std::string text = std::string(call) + " at mpi_plugin.cpp:" + std::to_string(line);
-  if (peer >= 0) text += ", message of rank " + std::to_string(peer);
-  throw Failure{code, peer, text + ": " + words_of(code)};
-}
-#define CHECK_MPI(call) check((call), #call, __LINE__)
-#define CHECK_MPI_PEER(call, peer) check((call), #call, __LINE__, (peer))
-
-void require(bool condition, const std::string& text, int peer = -1) {
-  if (!condition) throw Failure{MPI_SUCCESS, peer, text};
-}
-
-int32_t is_usable() {
-  int initialized = 0, finalized = 0;
-  MPI_Initialized(&initialized);
-  MPI_Finalized(&finalized);
-  return initialized && !finalized;
-}
-
-int class_of(int code) {
-  int error_class = code;
-  MPI_Error_class(code, &error_class);
-  return error_class;
-}
-
-bool means_dead_process(int code) {
-  if (code == MPI_SUCCESS) return false;
-#ifdef MPIX_ERR_PROC_FAILED
-  const int error_class = class_of(code);
-  return error_class == MPIX_ERR_PROC_FAILED || error_class == MPIX_ERR_PROC_FAILED_PENDING;
-#else
-  // Built for an older Open MPI, perhaps running with one that knows (the SONAME is the same).
-  return words_of(code).find("PROC_FAILED") != std::string::npos;
-#endif
-}
-
-// A rank that MPI knows to be dead: `suspect` if it is one of them or if MPI cannot tell.
-int dead_rank([[maybe_unused]] const adareduce_comm& comm, int suspect) {
-#ifdef MPIX_ERR_PROC_FAILED
-  MPI_Group everyone = MPI_GROUP_NULL, failed = MPI_GROUP_NULL;
-  if (MPIX_Comm_get_failed(comm.native, &failed) != MPI_SUCCESS) return suspect;
-  int first = suspect, count = 0;
-  MPI_Group_size(failed, &count);
-  MPI_Comm_group(comm.native, &everyone);
-  for (int i = 0; i < count; ++i) {
-    int rank = MPI_UNDEFINED;
-    MPI_Group_translate_ranks(failed, 1, &i, everyone, &rank);
-    if (i == 0 || rank == suspect) first = rank;
-  }
-  MPI_Group_free(&everyone);
-  // An empty result may be the constant MPI_GROUP_EMPTY.
-  if (failed != MPI_GROUP_EMPTY) MPI_Group_free(&failed);
-  return first;
-#else
-  return suspect;
-#endif
-}
-
-void write(adareduce_error* error, int status, int peer, const adareduce_comm* comm,
-           const char* text) {
-  if (error == nullptr) return;
-  error->status = status;
-  error->peer = peer;
-  if (comm != nullptr) {
-    std::snprintf(error->text, sizeof error->text, "rank %d of a group of %d: %s", comm->rank,
-                  comm->size, text);
-  } else {
-    std::snprintf(error->text, sizeof error->text, "%s", text);
-  }
-}
-
-// Runs `body` where MPI may be called; `comm` (or null) is the communicator that errors belong to.
-template <typename Body>
-int32_t guarded(const adareduce_comm* comm, adareduce_error* error, Body body) noexcept {
-  try {
-    require(is_usable(), "MPI is not initialised, or finalised already");
-    body();
-    return ADAREDUCE_OK;
-  } catch (const Failure& failure) {
-    const bool dead = means_dead_process(failure.code);
-    const int peer = dead && comm != nullptr ? dead_rank(*comm, failure.peer) : failure.peer;
-    const int status = dead ? ADAREDUCE_PEER_DEAD : ADAREDUCE_ERROR;
-    write(error, status, peer, comm, failure.text.c_str());
-    return status;
-  } catch (const std::exception& exception) {
-    write(error, ADAREDUCE_ERROR, -1, comm, exception.what());
-    return ADAREDUCE_ERROR;
-  }
-}
 
 adareduce_comm* own(MPI_Comm native) {
   auto comm = std::make_unique<adareduce_comm>();
@@ -185,34 +67,31 @@ adareduce_comm* create_group(MPI_Comm parent, const int32_t* ranks, int32_t coun
   return own(created);
 }
 
-int32_t adopt(uint64_t handle, const int32_t* ranks, int32_t count, adareduce_comm** out,
-              adareduce_error* error) {
+int32_t borrow(uint64_t handle, adareduce_comm** out, adareduce_error* error) {
   return guarded(nullptr, error, [&] {
     // mpi4py gives the pointer (Open MPI, MPI's ABI) or the int (MPICH), whose low bits suffice.
     using Bits = std::conditional_t<sizeof(MPI_Comm) == 4, std::uint32_t, std::uint64_t>;
-    const auto theirs = std::bit_cast<MPI_Comm>(static_cast<Bits>(handle));
+    auto theirs = std::make_unique<adareduce_comm>();
+    theirs->native = std::bit_cast<MPI_Comm>(static_cast<Bits>(handle));
+    theirs->is_borrowed = true;
     int is_inter = 0;
-    CHECK_MPI(MPI_Comm_test_inter(theirs, &is_inter));
+    CHECK_MPI(MPI_Comm_test_inter(theirs->native, &is_inter));
     require(!is_inter, "communicator must be an intracommunicator, got an intercommunicator");
-    if (count > 0) {
-      *out = create_group(theirs, ranks, count, kAdoptTag);
-    } else {
-      MPI_Comm copy = MPI_COMM_NULL;
-      CHECK_MPI(MPI_Comm_dup(theirs, &copy));
-      *out = own(copy);
-    }
+    CHECK_MPI(MPI_Comm_rank(theirs->native, &theirs->rank));
+    CHECK_MPI(MPI_Comm_size(theirs->native, &theirs->size));
+    *out = theirs.release();
   });
 }
 
 int32_t create(adareduce_comm* parent, const int32_t* ranks, int32_t count, int32_t tag,
                adareduce_comm** out, adareduce_error* error) {
-  return guarded(parent, error,
-                 [&] { *out = create_group(parent->native, ranks, count, tag); });
+  return guarded(parent, error, [&] { *out = create_group(parent->native, ranks, count, tag); });
 }
 
 int32_t free_comm(adareduce_comm* comm, int32_t abandon, adareduce_error* error) {
   const std::unique_ptr<adareduce_comm> owner(comm);
-  if (abandon || !is_usable()) return ADAREDUCE_OK;  // MPI_Finalize frees what is left
+  // MPI_Finalize frees what is left.
+  if (abandon || comm->is_borrowed || !is_usable()) return ADAREDUCE_OK;
   return guarded(comm, error, [&] { CHECK_MPI(MPI_Comm_free(&comm->native)); });
 }
 
@@ -306,16 +185,6 @@ int32_t start_allgather(adareduce_comm* comm, const void* mine, void* all, int64
   });
 }
 
-int32_t start_barrier(adareduce_comm* comm, adareduce_op** out, adareduce_error* error) {
-  return guarded(comm, error, [&] {
-    OpOwner op = new_op(comm);
-    MPI_Request& request = op->add({});
-    CHECK_MPI(MPI_Ibarrier(comm->native, &request));
-    op->remaining = 1;
-    *out = op.release();
-  });
-}
-
 // Throws the first failure among the `count` requests that MPI_Testsome reported.
 void check_finished(const adareduce_op& op, int count, bool has_codes) {
   for (int i = 0; i < count; ++i) {
@@ -331,8 +200,8 @@ void check_finished(const adareduce_op& op, int count, bool has_codes) {
   }
 }
 
-// Not MPI_Testall: MPICH's reports a failed request only once all others are complete too, which
-// they never are when their peers wait for the dead one.
+// Not MPI_Testall: Open MPI's reports a failed message only once all others are complete too, which
+// they never are when their peers wait for the one that failed.
 void test_some(adareduce_op& op) {
   const std::size_t pieces = op.requests.size();
   op.finished.resize(pieces);
@@ -399,8 +268,10 @@ std::string read_library_version() {
   std::string line;
   for (const char* c = full; *c != 0 && *c != '\n' && *c != ','; ++c) {
     const bool is_blank = *c == ' ' || *c == '\t' || *c == '\r';
-    if (!is_blank) line += *c;
-    else if (!line.empty() && line.back() != ' ') line += ' ';
+    if (!is_blank)
+      line += *c;
+    else if (!line.empty() && line.back() != ' ')
+      line += ' ';
   }
   while (!line.empty() && line.back() == ' ') line.pop_back();
   return line;
@@ -435,14 +306,13 @@ constexpr adareduce_mpi_plugin kTable = {
     .library_version = library_version,
     .is_usable = is_usable,
     .has_thread_multiple = has_thread_multiple,
-    .adopt = adopt,
+    .borrow = borrow,
     .create = create,
     .free = free_comm,
     .rank = rank,
     .size = size,
     .start = start,
     .start_allgather = start_allgather,
-    .start_barrier = start_barrier,
     .test = test,
     .release = release,
     .try_receive = try_receive,

@@ -1,0 +1,136 @@
+"""Breaks the library on purpose and demands that the tests notice.   python tests/mutants/run.py
+
+Every *.patch in this folder is applied to a copy of the sources, which is built without MPI; then the
+tests that its line "tests:" names must fail, by failing assertions and not by a broken build. First
+the same tests must pass on the unpatched copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent.parent
+PARTS = ("CMakeLists.txt", "cmake", "csrc", "python", "tests", "pyproject.toml")
+TESTS_FAILED = 1  # pytest's exit status
+LIMIT_SECONDS = 300
+
+
+class Copy:
+    """A copy of the sources with a build and an environment of its own."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.tree = scratch / "tree"
+        self.build = scratch / "build"
+        self.environment = scratch / "environment"
+        self.tree.mkdir()
+        for part in PARTS:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
+            copy(ROOT / part, self.tree / part)
+        venv.create(self.environment, with_pip=False)
+        self.packages = next(self.environment.glob("lib/python*/site-packages"))
+        # A plain path: installed packages are found, an editable adareduce among them is not, since
+        # the import hook of its own .pth file does not run.
+        (self.packages / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        pybind11 = run([sys.executable, "-m", "pybind11", "--cmakedir"], capture=True).strip()
+        run(
+            [
+                "cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja",
+                "-DADAREDUCE_MPI=OFF", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O1 -g0",
+                f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}",
+                "-DSKBUILD_PROJECT_VERSION=0", f"-DCMAKE_INSTALL_PREFIX={self.packages}",
+            ],
+            capture=True,
+        )  # fmt: skip
+
+    def install(self) -> None:
+        run(["cmake", "--build", self.build], capture=True)
+        run(["cmake", "--install", self.build], capture=True)
+        shutil.copytree(
+            self.tree / "python" / "adareduce", self.packages / "adareduce", dirs_exist_ok=True
+        )
+
+    def apply(self, patch: Path, *options: str) -> None:
+        run(["git", "apply", "--whitespace=nowarn", *options, patch], cwd=self.tree)
+
+    def test(self, tests: list[str]) -> tuple[int, str]:
+        """Pytest's exit status and output; a hang counts as a failed test."""
+        python = self.environment / "bin" / "python"
+        command = [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        try:
+            result = subprocess.run(
+                command, cwd=self.tree, env=environment, timeout=LIMIT_SECONDS,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as expired:
+            return TESTS_FAILED, f"{expired.output!r}\nhangs"
+        return result.returncode, result.stdout
+
+
+def run(command: list[object], *, capture: bool = False, cwd: Path | None = None) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        stdout=subprocess.PIPE if capture else None,
+        stderr=subprocess.STDOUT if capture else None,
+        text=True,
+        check=False,
+    )
+    if result.returncode != 0:
+        print(result.stdout or "")
+        raise SystemExit(f"mutants: {' '.join(str(part) for part in command)} failed")
+    return result.stdout or ""
+
+
+def tests_of(patch: Path) -> list[str]:
+    for line in patch.read_text().splitlines():
+        if line.startswith("tests:"):
+            return line.removeprefix("tests:").split()
+    raise SystemExit(f"mutants: {patch.name} has no line 'tests:'")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="patches without .patch")
+    only = parser.parse_args().only
+    patches = [p for p in sorted(FOLDER.glob("*.patch")) if only is None or p.stem in only]
+    if not patches:
+        raise SystemExit(f"mutants: no patch of {only}")
+
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="adareduce-mutants-") as scratch:
+        copy = Copy(Path(scratch))
+        copy.install()
+        baseline = sorted({test for patch in patches for test in tests_of(patch)})
+        status, output = copy.test(baseline)
+        if status != 0:
+            print(output)
+            raise SystemExit("mutants: the tests fail without any patch")
+        for patch in patches:
+            begin = time.monotonic()
+            copy.apply(patch)
+            copy.install()
+            status, output = copy.test(tests_of(patch))
+            copy.apply(patch, "--reverse")
+            verdict = "caught" if status == TESTS_FAILED else "SURVIVED"
+            print(f"{verdict:9} {patch.stem}  ({time.monotonic() - begin:.0f} s)", flush=True)
+            if status != TESTS_FAILED:
+                survivors.append(patch.stem)
+                print(output)
+    if survivors:
+        raise SystemExit(f"mutants: no test notices {', '.join(survivors)}")
+    print(f"all {len(patches)} mutants were caught")
+
+
+if __name__ == "__main__":
+    main()
