@@ -55,21 +55,20 @@ def adasum(vectors: Sequence[NDArray]) -> NDArray:
 def adasum_with_bound(vectors: Sequence[NDArray]) -> tuple[NDArray, float]:
     """Adasum in long double, and how far (2-norm) an implementation may be from it.
 
-    The implementation keeps vectors in their dtype T with unit roundoff u (2^-24, 2^-53) and
-    spacing 2h of subnormals, does all else in double with unit roundoff d = 2^-53, and adds
-    products in 16 lanes on each of P ranks, so k = n/16 + 5 + P roundings are on the way of one.
+    The implementation keeps vectors of n elements in their dtype with unit roundoff u and spacing
+    h of subnormals, does all else in double with unit roundoff d = 2^-53, and adds products in 16
+    lanes on each of P ranks, so that a product meets at most k = n/16 + 5 + P roundings.
 
     For a node w = f(a, b) = a + b - Pa b / 2 - Pb a / 2, Pa the projector onto a, whose operands
     are wrong by Ea and Eb:  |Pa' - Pa| = sin(angle) <= min(1, Ea / |a|),  therefore
         |f(a', b') - f(a, b)| <= 3/2 (Ea + Eb) + (min(1, Ea/|a|) |b| + min(1, Eb/|b|) |a|) / 2.
     A share is wrong by (k + 2) d (1 + |b| / |a|), products and sum in double by 3 d (|a| + |b|)
-    together, the last rounding by u |w| + h sqrt(n):
-        Ew = the line above + (2 k + 9) d (|a'| + |b'|) + u |w'| + h sqrt(n),
-    with 2 d of reserve for the long double of this function.
+    together, the last rounding by u |w'| + h sqrt(n), and 2 d are for this function:
+        Ew = the line above + (2 k + 9) d (|a'| + |b'|) + u |w'| + h sqrt(n).
     """
     kind = np.finfo(vectors[0].dtype)
-    unit = float(kind.epsneg) / 2 if kind.dtype == np.float32 else 0.0  # double rounds no more
-    half_spacing = np.longdouble(kind.smallest_subnormal) / 2
+    unit = float(kind.epsneg) if kind.dtype == np.float32 else 0.0  # doubles round no more
+    spacing = np.longdouble(kind.smallest_subnormal)
     count = vectors[0].size
     roundings = count / LANES + 5 + len(vectors)
 
@@ -83,7 +82,7 @@ def adasum_with_bound(vectors: Sequence[NDArray]) -> tuple[NDArray, float]:
         error = 1.5 * (a_error + b_error)
         error += (_angle(a_error, a_norm) * b_norm + _angle(b_error, b_norm) * a_norm) / 2
         error += (2 * roundings + 9) * DOUBLE_ROUNDING * (a_norm + b_norm + a_error + b_error)
-        error += unit * (norm(value) + error) + half_spacing * np.sqrt(count)
+        error += unit * (norm(value) + error) + spacing * np.sqrt(count)
         return value, error
 
     return visit(adasum_tree(len(vectors)))
@@ -124,7 +123,7 @@ def share(dot: float, squared_norm: float) -> np.float64:
 
 
 def pair_combine(lower: NDArray, upper: NDArray, stats: Sequence[float]) -> NDArray:
-    """share * lower + share * upper in double, rounded once, bit for bit."""
+    """Both shares times their vectors in double, added, rounded once: bit for bit."""
     a = share(stats[0], stats[1]) * lower.astype(np.float64)
     b = share(stats[0], stats[2]) * upper.astype(np.float64)
     return (a + b).astype(lower.dtype)

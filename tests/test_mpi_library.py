@@ -16,6 +16,8 @@ import pytest
 
 from adareduce import mpi_library
 
+pytestmark = pytest.mark.openmpi_round
+
 HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "9", "MPI_LOCALNRANKS": "2"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}
 SRUN = {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_FD": "9", "SLURM_PROCID": "0"}

@@ -20,6 +20,8 @@ from choose_mpi import ChoiceError, choose, isolated_prefixes
 
 ROOT = Path(__file__).resolve().parents[1]
 
+pytestmark = pytest.mark.openmpi_round
+
 
 def make_mpi(prefix: Path, wheel: str = "mpich") -> Path:
     """A folder that looks like an environment with an MPI wheel; returns its mpicc."""

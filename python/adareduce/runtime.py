@@ -345,9 +345,9 @@ def _at_exit() -> None:
         if _process.owns_mpi:
             mpi.Finalize()
         return
-    # The lost rank cannot take part in Finalize, so the job is aborted. The other survivors are given
-    # time to say what they saw, and one rank aborts before the others try: several at once make
-    # Open MPI's launcher hang.
+    # The lost rank cannot take part in Finalize, so the job is aborted. The other survivors are
+    # given time to say what they saw, and one rank aborts before the others try: several at once
+    # make Open MPI's launcher hang.
     sys.stderr.flush()
     turn = min(mpi.COMM_WORLD.Get_rank(), _MOST_TURNS)
     time.sleep(_LAST_WORDS_SECONDS + turn * _TURN_SECONDS)

@@ -1,0 +1,98 @@
+"""Asynchronous calls, names and barriers. Oracle: what other ranks report beside the library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from inputs import assert_equal, assert_library_works, integers, of_all_ranks, total
+
+import adareduce.torch as hvd
+
+
+@pytest.mark.openmpi_round
+@pytest.mark.min_ranks(2)
+def test_a_barrier_overtakes_pending_calls(rank, ranks):
+    values = of_all_ranks(integers, (1000,), torch.float32)
+    if rank == 0:
+        handle = hvd.allreduce_async(values[rank], op=hvd.Sum)
+        hvd.barrier()
+        is_pending = not hvd.poll(handle)
+        ranks.gather(None)  # only now do the others call
+    else:
+        hvd.barrier()
+        ranks.gather(None)
+        handle = hvd.allreduce_async(values[rank], op=hvd.Sum)
+        is_pending = True
+    assert is_pending
+    assert_equal(hvd.synchronize(handle), total(values))
+
+
+@pytest.mark.min_ranks(2)
+def test_nobody_leaves_a_barrier_before_the_last_has_come(rank, size, ranks, tmp_path):
+    folders = ranks.gather(str(tmp_path))
+    sign = f"{folders[0]}/the-last-has-come"
+    if rank == size - 1:
+        open(sign, "w").close()  # noqa: SIM115
+    hvd.barrier()
+    with open(sign):
+        pass
+    hvd.barrier()
+
+
+@pytest.mark.min_ranks(2)
+def test_poll_is_false_until_every_rank_has_called(rank, ranks):
+    if rank == 0:
+        handle = hvd.allreduce_async(torch.ones(3), op=hvd.Sum)
+        was_finished = hvd.poll(handle)
+        ranks.gather(None)
+        assert not was_finished
+    else:
+        ranks.gather(None)
+        handle = hvd.allreduce_async(torch.ones(3), op=hvd.Sum)
+    hvd.synchronize(handle)
+    assert hvd.poll(handle)
+
+
+def test_poll_becomes_true_without_synchronize(rank, ranks):
+    handle = hvd.allreduce_async(torch.ones(3), op=hvd.Sum)
+    while not hvd.poll(handle):  # the watchdog ends this if it is wrong
+        pass
+    assert_equal(hvd.synchronize(handle), torch.full((3,), float(ranks.size)))
+
+
+def test_a_name_is_in_use_until_its_handle_is_synchronised():
+    handle = hvd.allreduce_async(torch.ones(3), name="x", op=hvd.Sum)
+    with pytest.raises(ValueError, match="name must not be in use .*'x'"):
+        hvd.allreduce_async(torch.ones(3), name="x", op=hvd.Sum)
+    hvd.synchronize(handle)
+    hvd.allreduce(torch.ones(3), name="x", op=hvd.Sum)
+
+
+def test_a_name_is_free_again_after_an_error(rank, size):
+    with pytest.raises((TypeError, hvd.HorovodInternalError)):
+        hvd.allreduce(torch.ones(3, dtype=torch.int32 if rank == 0 else torch.float32), name="y")
+    assert_equal(hvd.allreduce(torch.ones(3), name="y", op=hvd.Sum), torch.full((3,), float(size)))
+
+
+def test_temporary_tensors_live_until_their_call_has_ended(rank, size, ranks):
+    handles = [hvd.allreduce_async(torch.full((5000,), i + 1.0), op=hvd.Sum) for i in range(20)]
+    clutter = [torch.full((5000,), -1.0) for _ in range(50)]
+    for i, handle in enumerate(handles):
+        assert_equal(hvd.synchronize(handle), torch.full((5000,), (i + 1.0) * size))
+    del clutter
+
+
+def test_a_handle_that_is_dropped_harms_nobody(rank, size):
+    for i in range(20):
+        hvd.allreduce_async(torch.full((5000,), float(i)), op=hvd.Sum)
+    assert_library_works()
+
+
+def test_several_threads_may_wait(size):
+    from concurrent.futures import ThreadPoolExecutor
+
+    handles = [hvd.allreduce_async(torch.full((100,), float(i)), op=hvd.Sum) for i in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(hvd.synchronize, handles))
+    for i, result in enumerate(results):
+        assert_equal(result, torch.full((100,), float(i * size)))

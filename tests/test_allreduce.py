@@ -1,0 +1,202 @@
+"""All-reduce Sum and Average between ranks that are threads.
+
+Oracle: integers in floats, whose sums are exact, and the sum in rank order of tests/reference.py.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import reference
+from thread_ranks import ThreadRank, run_ranks
+
+SIZES = [1, 2, 3, 4, 5, 8]
+FLOATS = ["float32", "float64"]
+SHAPES = [(), (1,), (5, 8), (0,), (16,), (17,), (3, 0, 2), (2, 3, 5), (1000,), (70_001,)]
+
+
+def whole_numbers(rank: int, shape: tuple[int, ...], dtype: str) -> NDArray:
+    """Between -50 and 50, different on every rank: sums over 8 ranks are exact in float32."""
+    numel = int(np.prod(shape))
+    return ((np.arange(numel) * (7 + 3 * rank) + 13 * rank) % 101 - 50).reshape(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sum_of_whole_numbers_is_exact(size: int, dtype: str) -> None:
+    def body(rank: ThreadRank) -> list[NDArray]:
+        inputs = [whole_numbers(rank.rank, shape, dtype) for shape in SHAPES]
+        singly = [rank.allreduce(array) for array in inputs]
+        together = rank.grouped_allreduce(inputs)
+        for array, shape in zip(inputs, SHAPES, strict=True):
+            assert reference.same_bits(array, whole_numbers(rank.rank, shape, dtype))
+        for left, right in zip(singly, together, strict=True):
+            assert reference.same_bits(left, right)
+        return singly
+
+    expected = [
+        sum(whole_numbers(rank, shape, "int64") for rank in range(size)).astype(dtype)
+        for shape in SHAPES
+    ]
+    for results in run_ranks(size, body):
+        for result, total in zip(results, expected, strict=True):
+            assert np.array_equal(result, total)
+            assert result.dtype == total.dtype
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_average_divides_the_sum_in_double_and_rounds_once(size: int, dtype: str) -> None:
+    shapes = [(5, 8), (33,), (0,), (1,)]
+
+    def body(rank: ThreadRank) -> list[NDArray]:
+        inputs = [whole_numbers(rank.rank, shape, dtype) for shape in shapes]
+        return rank.grouped_allreduce(inputs, op="average")
+
+    for results in run_ranks(size, body):
+        for result, shape in zip(results, shapes, strict=True):
+            total = sum(whole_numbers(rank, shape, "float64") for rank in range(size))
+            assert np.array_equal(result, (total / size).astype(dtype))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+@pytest.mark.parametrize("op", ["sum", "average"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_sums_run_in_rank_order_on_every_rank(
+    size: int, op: str, dtype: str, rng: np.random.Generator
+) -> None:
+    shapes = [(5, 8), (0,), (1,), (4001,)]
+    inputs = [
+        [
+            (rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 4)).astype(dtype)
+            for _ in range(size)
+        ]
+        for shape in shapes
+    ]
+    divisor = size if op == "average" else 1.0
+    expected = [reference.sum_in_rank_order(vectors, divisor) for vectors in inputs]
+
+    def body(rank: ThreadRank) -> list[list[NDArray]]:
+        mine = [vectors[rank.rank] for vectors in inputs]
+        return [rank.grouped_allreduce(mine, op=op) for _ in range(2)]
+
+    for runs in run_ranks(size, body):
+        for results in runs:
+            for result, total in zip(results, expected, strict=True):
+                assert reference.same_bits(result, total)
+
+
+@pytest.mark.parametrize("op", ["sum", "average"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scale_factors_multiply_before_and_after(
+    op: str, dtype: str, rng: np.random.Generator
+) -> None:
+    size, prescale, postscale = 3, 1 / 3, -0.7
+    inputs = [rng.standard_normal(123).astype(dtype) for _ in range(size)]
+    scaled = [reference.scale(vector, prescale) for vector in inputs]
+    total = reference.sum_in_rank_order(scaled, size if op == "average" else 1.0)
+    expected = reference.scale(total, postscale)
+
+    def body(rank: ThreadRank) -> NDArray:
+        return rank.allreduce(inputs[rank.rank], op=op, prescale=prescale, postscale=postscale)
+
+    for result in run_ranks(size, body):
+        assert reference.same_bits(result, expected)
+
+
+@pytest.mark.parametrize("op", ["sum", "average", "adasum"])
+def test_a_call_without_tensors_returns(op: str) -> None:
+    assert run_ranks(3, lambda rank: rank.grouped_allreduce([], op=op)) == [[]] * 3
+
+
+@pytest.mark.parametrize("op", ["sum", "average", "adasum"])
+def test_empty_tensors_need_no_memory(op: str) -> None:
+    codes = {"average": 0, "sum": 1, "adasum": 2}
+
+    def body(rank: ThreadRank) -> NDArray:
+        handle = rank.engine.submit(
+            process_set=0,
+            collective=0,
+            name="empty",
+            dtype=7,
+            op=codes[op],
+            root=0,
+            prescale=0.5,
+            postscale=0.5,
+            tensors=[((0,), 0, 0), ((3, 0), 0, 0)],
+        )
+        rank.wait_for(handle)
+        handle.rethrow()
+        return rank.allreduce(np.ones(3, np.float32))
+
+    for result in run_ranks(3, body):
+        assert result.tolist() == [3.0] * 3
+
+
+def test_results_may_replace_the_inputs() -> None:
+    def body(rank: ThreadRank) -> list[NDArray]:
+        mine = [whole_numbers(rank.rank, shape, "float32") for shape in SHAPES]
+        return rank.grouped_allreduce(mine, outputs=mine)
+
+    for results in run_ranks(3, body):
+        for result, shape in zip(results, SHAPES, strict=True):
+            assert np.array_equal(
+                result, sum(whole_numbers(rank, shape, "int64") for rank in range(3))
+            )
+
+
+def test_nothing_is_written_beside_the_tensors() -> None:
+    numels = [1, 5, 16, 17, 31, 100]
+
+    def body(rank: ThreadRank) -> None:
+        memory = [np.full(count + 32, 7.0, np.float32) for count in numels]
+        views = [array[16:-16] for array in memory]
+        for view in views:
+            view[:] = 1.0
+        rank.grouped_allreduce(views, outputs=views)
+        for array in memory:
+            assert (array[:16] == 7.0).all()
+            assert (array[-16:] == 7.0).all()
+            assert (array[16:-16] == 3.0).all()
+
+    run_ranks(3, body)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float16", "bfloat16", "bool"])
+def test_types_without_arithmetic_are_refused_at_the_call(dtype: str) -> None:
+    storage = "uint16" if dtype == "bfloat16" else dtype
+
+    def body(rank: ThreadRank) -> NDArray:
+        message = f"allreduce: dtype must be float32 or float64, got {dtype}"
+        with pytest.raises(ValueError, match=message):
+            rank.allreduce(np.ones(3, storage), dtype=dtype)
+        return rank.allreduce(np.ones(3, np.float32))
+
+    for result in run_ranks(2, body):
+        assert result.tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("field", "code"), [("collective", 4), ("dtype", 10), ("op", 3), ("collective", 200)]
+)
+def test_unknown_codes_are_refused_and_take_no_turn(field: str, code: int) -> None:
+    def body(rank: ThreadRank) -> NDArray:
+        array = np.ones(3, np.float32)
+        request = {"collective": 0, "dtype": 7, "op": 1} | {field: code}
+        if rank.rank == 1:
+            with pytest.raises(ValueError, match="unknown"):
+                rank.engine.submit(
+                    process_set=0,
+                    name="x",
+                    root=0,
+                    prescale=1.0,
+                    postscale=1.0,
+                    tensors=[((3,), array.ctypes.data, array.ctypes.data)],
+                    **request,
+                )
+        return rank.allreduce(array)
+
+    for result in run_ranks(2, body):
+        assert result.tolist() == [2.0] * 3

@@ -1,0 +1,109 @@
+"""Runs tests/mpi on 1 ... 5 ranks: one job for each number, since starting one costs seconds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mpirun
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_mpi = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")
+_LIMIT_SECONDS = 480.0
+_NO_TESTS = 5  # pytest's status when everything was deselected
+
+
+def run_suite(num_ranks: int, *arguments: str) -> None:
+    pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    with mpirun.Job(
+        num_ranks,
+        [*pytest_command, "--rootdir", str(ROOT), *arguments, str(ROOT / "tests" / "mpi")],
+    ) as job:
+        result = job.wait(_LIMIT_SECONDS)
+    assert result.returncode == 0, str(result)
+    assert result.left_behind == []
+    assert " passed" in result.out[0], str(result)
+    assert all(out == "" for out in result.out[1:]), "only rank 0 prints the report"
+    print(result.out[0])
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.skipif(mpirun.flavour() == "Open MPI", reason="Open MPI runs the short round")
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+def test_the_suite_passes_on_ranks(num_ranks: int) -> None:
+    run_suite(num_ranks)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.openmpi_round
+@pytest.mark.skipif(mpirun.flavour() != "Open MPI", reason="the whole suite runs with MPICH")
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_the_short_round_passes_on_ranks(num_ranks: int) -> None:
+    run_suite(num_ranks, "-m", "openmpi_round")
+
+
+_SAMPLE = """
+import os, pytest, torch
+import adareduce.torch as hvd
+
+def test_first(rank):
+    print("printed by rank", rank)
+    assert rank != 1, "only rank 1 fails"
+    hvd.allreduce(torch.ones(3))  # waits for rank 1, which will not come
+
+def test_second(rank, size):
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size
+
+def test_third(rank):
+    if rank == 0:
+        pytest.skip("only on rank 0")
+"""
+
+
+@pytest.fixture
+def sample_suite(tmp_path: Path) -> Path:
+    folder = tmp_path / "mpi"
+    folder.mkdir()
+    for file in ("conftest.py", "all_ranks.py"):
+        (folder / file).symlink_to(ROOT / "tests" / "mpi" / file)
+    return folder
+
+
+def run_sample(folder: Path, code: str, **variables: str) -> mpirun.Result:
+    (folder / "test_sample.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
+    command += ["--rootdir", str(folder), str(folder)]
+    return mpirun.run(3, command, limit=120.0, variables=variables)
+
+
+@needs_mpi
+@pytest.mark.openmpi_round
+def test_a_failure_of_one_rank_fails_the_test_everywhere_and_spares_the_next(
+    sample_suite: Path,
+) -> None:
+    result = run_sample(sample_suite, _SAMPLE)
+    report = result.out[0]
+    assert result.returncode != 0, str(result)
+    assert "test_first FAILED" in report, str(result)
+    assert "test_second PASSED" in report, str(result)
+    assert "test_third FAILED" in report, str(result)
+    assert "rank 1 of 3: failed" in report, str(result)
+    assert "only rank 1 fails" in report, str(result)
+    assert "printed by rank 1" in report, str(result)
+    assert "rank 0 of 3: failed" in report, str(result)
+    assert "must all skip a test or none" in report, str(result)
+    assert result.out[1:] == ["", ""]
+
+
+@needs_mpi
+def test_a_rank_that_hangs_shows_its_stack_and_ends_the_job(sample_suite: Path) -> None:
+    code = "import time\ndef test_hangs(rank):\n    while rank == 2: time.sleep(0.1)\n"
+    result = run_sample(sample_suite, code, ADAREDUCE_TEST_STACKS_AFTER_SECONDS="3")
+    assert not result.timed_out, str(result)
+    assert result.returncode != 0
+    assert "test_hangs" in result.err[2], str(result)
+    assert "Thread 0x" in result.err[2], str(result)
+    assert result.left_behind == []
