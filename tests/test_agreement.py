@@ -520,10 +520,12 @@ def test_calls_without_a_rank_that_has_left_name_it_and_its_reason(
     size: int, is_orderly: bool
 ) -> None:
     reason = "it raised KeyError: 'lr'"
+    all_have_submitted = threading.Barrier(size, timeout=HANG_LIMIT)
 
     def body(rank: ThreadRank) -> None:
         assert_all_is_well(rank)
         if rank.rank == size - 1:
+            all_have_submitted.wait()
             rank.leave(reason, is_orderly=is_orderly)
             assert rank.engine.breakage() == ""
             return
@@ -533,6 +535,7 @@ def test_calls_without_a_rank_that_has_left_name_it_and_its_reason(
             for i in range(3)
         ]
         queued.append(rank.submit("barrier"))
+        all_have_submitted.wait()
         for i, request in enumerate(queued):
             call = "barrier()" if i == 3 else f"allreduce(name='w{i}', dtype=float32, "
             with pytest.raises(_core.TransportError) as caught:

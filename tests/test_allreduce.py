@@ -179,12 +179,21 @@ def test_types_without_arithmetic_are_refused_at_the_call(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "code"), [("collective", 4), ("dtype", 10), ("op", 3), ("collective", 200)]
+    "codes",
+    [
+        {"collective": 4},
+        {"collective": 200},
+        {"op": 3},
+        {"dtype": 10},
+        {"collective": 1, "dtype": 10},
+        {"collective": 2, "dtype": 200},
+    ],
+    ids=str,
 )
-def test_unknown_codes_are_refused_and_take_no_turn(field: str, code: int) -> None:
+def test_unknown_codes_are_refused_and_take_no_turn(codes: dict[str, int]) -> None:
     def body(rank: ThreadRank) -> NDArray:
         array = np.ones(3, np.float32)
-        request = {"collective": 0, "dtype": 7, "op": 1} | {field: code}
+        request = {"collective": 0, "dtype": 7, "op": 1} | codes
         if rank.rank == 1:
             with pytest.raises(ValueError, match="unknown"):
                 rank.engine.submit(

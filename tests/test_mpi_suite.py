@@ -15,7 +15,7 @@ _NO_TESTS = 5  # pytest's status when everything was deselected
 
 
 def run_suite(num_ranks: int, *arguments: str) -> None:
-    pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short"]
     with mpirun.Job(
         num_ranks,
         [*pytest_command, "--rootdir", str(ROOT), *arguments, str(ROOT / "tests" / "mpi")],

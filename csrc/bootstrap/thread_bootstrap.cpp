@@ -20,6 +20,7 @@ struct ThreadWorld::Parcel {
   std::int64_t bytes = 0;
   std::vector<std::byte> copy;  // of a small message
   bool is_taken = false;
+  bool is_withdrawn = false;  // never arrives, like a message of a process that died
 };
 
 ThreadWorld::ParcelHandle ThreadWorld::post(const Address& address, const void* data,
@@ -48,10 +49,7 @@ bool ThreadWorld::is_taken(const ParcelHandle& parcel) {
 
 void ThreadWorld::withdraw(const ParcelHandle& parcel) {
   const std::lock_guard lock(mutex_);
-  if (!parcel->is_taken && parcel->copy.empty()) {
-    parcel->data = nullptr;
-    parcel->bytes = -1;
-  }
+  parcel->is_withdrawn = !parcel->is_taken && parcel->copy.empty();
 }
 
 std::uint64_t ThreadWorld::expect(const Address& address) {
@@ -61,7 +59,9 @@ std::uint64_t ThreadWorld::expect(const Address& address) {
 
 ThreadWorld::ParcelHandle ThreadWorld::take(Box& box, std::uint64_t ticket) {
   if (ticket < box.first || ticket - box.first >= box.parcels.size()) return nullptr;
-  ParcelHandle parcel = std::move(box.parcels[ticket - box.first]);
+  ParcelHandle& place = box.parcels[ticket - box.first];
+  if (place->is_withdrawn) return nullptr;
+  const ParcelHandle parcel = std::move(place);
   while (!box.parcels.empty() && box.parcels.front() == nullptr) {
     box.parcels.pop_front();
     ++box.first;

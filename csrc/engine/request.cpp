@@ -31,7 +31,9 @@ std::string number_text(double value) {
 }  // namespace
 
 std::string_view name_of(Collective collective) {
-  return kNames.at(static_cast<std::size_t>(collective));
+  const auto code = static_cast<std::size_t>(collective);
+  if (code >= kNames.size()) throw UsageError(concat("collective code ", code, " is unknown"));
+  return kNames[code];
 }
 
 std::int64_t TensorArg::numel() const {
@@ -41,10 +43,12 @@ std::int64_t TensorArg::numel() const {
 }
 
 void check(const Request& request, int num_ranks) {
+  const std::string_view function = name_of(request.collective);
   if (request.collective == Collective::barrier) return;
   const auto refuse = [&](const auto&... words) {
-    throw UsageError(concat(name_of(request.collective), ": ", words...));
+    throw UsageError(concat(function, ": ", words...));
   };
+  (void)name_of(request.op);  // throws for a code that is unknown
   if (request.device.kind != DeviceKind::cpu) refuse("device must be cpu, got cuda");
   const bool has_scale = request.prescale != 1.0 || request.postscale != 1.0;
   if (request.collective == Collective::allreduce || has_scale) {
