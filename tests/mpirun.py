@@ -24,7 +24,15 @@ from adareduce import mpi_library
 MARK = "ADAREDUCE_TEST_JOB"
 _POLL_SECONDS = 0.02
 # Marks of an mpirun around this process, which would confuse the one that is started.
-_LAUNCHER_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_", "PRTE_LAUNCHED", "MPI_LOCAL", "HYDI_", "HYDRA_")
+_LAUNCHER_VARIABLES = (
+    "PMI_",
+    "PMIX_",
+    "OMPI_COMM_",
+    "PRTE_LAUNCHED",
+    "MPI_LOCAL",
+    "HYDI_",
+    "HYDRA_",
+)
 # The rank's shell leaves its process id and becomes the program, so both have one id.
 _RANK_SHELL = """
 rank=${PMI_RANK:-${OMPI_COMM_WORLD_RANK:-0}}
@@ -35,7 +43,7 @@ exec "$@" > "$ADAREDUCE_TEST_FOLDER/out.$rank" 2> "$ADAREDUCE_TEST_FOLDER/err.$r
 
 
 def flavour() -> str | None:
-    """The MPI that adareduce was built for: "MPICH" (and what behaves alike), "Open MPI" or None."""
+    """The MPI that adareduce was built for: "MPICH" (or what behaves alike), "Open MPI", None."""
     library = mpi_library.expected()
     if library is None:
         return None
@@ -83,7 +91,9 @@ class Result:
         texts = {"mpirun": self.launcher}
         for rank, (out, err) in enumerate(zip(self.out, self.err, strict=True)):
             texts |= {f"rank {rank} stdout": out, f"rank {rank} stderr": err}
-        parts += [f"--- {title} ---\n{text.rstrip()}" for title, text in texts.items() if text.strip()]
+        parts += [
+            f"--- {title} ---\n{text.rstrip()}" for title, text in texts.items() if text.strip()
+        ]
         return "\n".join(parts)
 
 
@@ -197,7 +207,7 @@ class Job:
 
     def processes(self) -> dict[int, str]:
         """Living processes of this job, mpirun's helpers included: id and command."""
-        return {pid: command for pid, command in _marked(f"{MARK}={self.mark}".encode())}
+        return dict(_marked(f"{MARK}={self.mark}".encode()))
 
     def kill(self) -> None:
         """Ends every process of this job."""
@@ -210,7 +220,7 @@ class Job:
 
 
 def launcher_command(num_ranks: int, survive: bool = False) -> list[str]:
-    """mpirun with what this MPI needs to run as root on fewer cores than ranks."""
+    """Mpirun with what this MPI needs to run as root on fewer cores than ranks."""
     if num_ranks == 0:
         return []
     mpirun = find_mpirun()

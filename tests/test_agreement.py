@@ -329,12 +329,11 @@ def test_a_buffer_that_no_memory_holds_raises_and_harms_nothing() -> None:
             process_set=0,
             collective=0,
             name="huge",
-            dtype=7,
             op=1,
             root=0,
             prescale=1.0,
             postscale=1.0,
-            tensors=[((2**55,), address, address)],
+            tensors=[((2**55,), 7, address, address)],
         )
         rank.wait_for(handle)
         with pytest.raises(_core.DisagreementError) as caught:

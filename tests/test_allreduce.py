@@ -120,12 +120,11 @@ def test_empty_tensors_need_no_memory(op: str) -> None:
             process_set=0,
             collective=0,
             name="empty",
-            dtype=7,
             op=codes[op],
             root=0,
             prescale=0.5,
             postscale=0.5,
-            tensors=[((0,), 0, 0), ((3, 0), 0, 0)],
+            tensors=[((0,), 7, 0, 0), ((3, 0), 7, 0, 0)],
         )
         rank.wait_for(handle)
         handle.rethrow()
@@ -181,7 +180,7 @@ def test_types_without_arithmetic_are_refused_at_the_call(dtype: str) -> None:
 @pytest.mark.parametrize(
     "codes",
     [
-        {"collective": 4},
+        {"collective": 5},
         {"collective": 200},
         {"op": 3},
         {"dtype": 10},
@@ -194,6 +193,7 @@ def test_unknown_codes_are_refused_and_take_no_turn(codes: dict[str, int]) -> No
     def body(rank: ThreadRank) -> NDArray:
         array = np.ones(3, np.float32)
         request = {"collective": 0, "dtype": 7, "op": 1} | codes
+        dtype = request.pop("dtype")
         if rank.rank == 1:
             with pytest.raises(ValueError, match="unknown"):
                 rank.engine.submit(
@@ -202,7 +202,7 @@ def test_unknown_codes_are_refused_and_take_no_turn(codes: dict[str, int]) -> No
                     root=0,
                     prescale=1.0,
                     postscale=1.0,
-                    tensors=[((3,), array.ctypes.data, array.ctypes.data)],
+                    tensors=[((3,), dtype, array.ctypes.data, array.ctypes.data)],
                     **request,
                 )
         return rank.allreduce(array)

@@ -7,11 +7,13 @@ Times are limits of jobs and wide: the product's own promise is 10 s.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 
-import mpirun
 import pytest
+
+import mpirun
 from mpirun import script
 
 pytestmark = [
@@ -132,9 +134,8 @@ if hvd.rank() == 1:
         job.wait_for_file("ready")
         job.send_signal(2, signal.SIGKILL)
         result = job.wait(ENDS_WITHIN)
-    assert "SAW allreduce(name='x'" in result.out[1], str(result)
-    assert "rank 2" in result.out[1], str(result)
-    assert "rank 1" not in result.out[1].replace("rank 1 of", ""), str(result)
+    # Right behind the call: MPI's own words, which count ranks of the set, may follow.
+    assert re.match(r"SAW allreduce\(name='x'.*shape=\(3,\)\): rank 2\b", result.out[1]), str(result)
     assert_ended(result)
 
 
@@ -178,7 +179,10 @@ ENDINGS = {
     "exit 0": ("sys.exit(0)", "has left"),
     "exit 3": ("sys.exit(3)", "has left"),
     "end of the program": ("pass", "has left"),
-    "keyboard interrupt": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(60)", "KeyboardInterrupt"),
+    "keyboard interrupt": (
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+        "KeyboardInterrupt",
+    ),
     "own error in a call": ("hvd.allreduce(torch.ones(3, dtype=torch.int32))", "TypeError"),
 }
 

@@ -1,9 +1,10 @@
-"""A job that waits for its user costs nothing: an oracle that Horovod fails by a factor of 1,000."""
+"""A job that waits for its user costs nothing."""
 
 from __future__ import annotations
 
-import mpirun
 import pytest
+
+import mpirun
 
 IDLE_SECONDS = 20
 # The requirement is 1 s per 1,000 s of idling.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import mpirun
 import pytest
+
+import mpirun
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_mpi = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")

@@ -102,13 +102,12 @@ class ThreadRank:
             process_set=process_set,
             collective=COLLECTIVES[collective],
             name=name,
-            dtype=DTYPES[dtype],
             op=OPS[op],
             root=root,
             prescale=prescale,
             postscale=postscale,
             tensors=[
-                (list(a.shape), a.ctypes.data, b.ctypes.data)
+                (list(a.shape), DTYPES[dtype], a.ctypes.data, b.ctypes.data)
                 for a, b in zip(inputs, results, strict=True)
             ],
         )

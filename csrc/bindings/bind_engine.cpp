@@ -32,21 +32,22 @@ struct EventLevelNames {
   }
 };
 
-using TensorTuple = std::tuple<std::vector<std::int64_t>, std::uintptr_t, std::uintptr_t>;
+// Shape, dtype code, address of the input, address of the output or 0.
+using TensorTuple = std::tuple<std::vector<std::int64_t>, int, std::uintptr_t, std::uintptr_t>;
 
-Request make_request(int collective, std::string name, int dtype, int op, Rank root,
-                     double prescale, double postscale, const std::vector<TensorTuple>& tensors) {
+Request make_request(int collective, std::string name, int op, Rank root, double prescale,
+                     double postscale, const std::vector<TensorTuple>& tensors) {
   Request request;
   request.collective = static_cast<Collective>(collective);
   request.name = std::move(name);
-  request.dtype = static_cast<DType>(dtype);
   request.op = static_cast<ReduceOp>(op);
   request.root = root;
   request.prescale = prescale;
   request.postscale = postscale;
-  for (const auto& [shape, input, output] : tensors)
-    request.tensors.push_back(
-        {shape, reinterpret_cast<const void*>(input), reinterpret_cast<void*>(output)});
+  for (const auto& [shape, dtype, input, output] : tensors)
+    request.tensors.push_back({shape, static_cast<DType>(dtype),
+                               reinterpret_cast<const void*>(input),
+                               reinterpret_cast<void*>(output)});
   return request;
 }
 
@@ -109,16 +110,15 @@ void bind_engine(py::module_& module) {
                   py::arg("settings"))
       .def(
           "submit",
-          [](EngineHolder& self, int process_set, int collective, std::string name, int dtype,
-             int op, Rank root, double prescale, double postscale,
+          [](EngineHolder& self, int process_set, int collective, std::string name, int op,
+             Rank root, double prescale, double postscale,
              const std::vector<TensorTuple>& tensors) {
-            return self.get().submit(
-                process_set, make_request(collective, std::move(name), dtype, op, root, prescale,
-                                          postscale, tensors));
+            return self.get().submit(process_set, make_request(collective, std::move(name), op,
+                                                               root, prescale, postscale, tensors));
           },
           py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
-          py::arg("dtype"), py::arg("op"), py::arg("root"), py::arg("prescale"),
-          py::arg("postscale"), py::arg("tensors"))
+          py::arg("op"), py::arg("root"), py::arg("prescale"), py::arg("postscale"),
+          py::arg("tensors"))
       .def(
           "reject",
           [](EngineHolder& self, int process_set, bool is_barrier, const std::string& reason) {

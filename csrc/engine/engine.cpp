@@ -60,9 +60,12 @@ int Engine::add_process_set(const std::vector<Rank>& ranks) {
     const std::lock_guard lock(mutex_);
     id = static_cast<int>(sets_.size());
   }
-  const auto barrier = submit(kGlobalSet, Request{});
-  while (!barrier->wait_for(Seconds{1.0})) continue;  // the engine's own deadline ends this
-  barrier->rethrow();
+  Request request;
+  request.collective = Collective::add_process_set;
+  request.members = ranks;
+  const auto agreement = submit(kGlobalSet, std::move(request));
+  while (!agreement->wait_for(Seconds{1.0})) continue;  // the engine's own deadline ends this
+  agreement->rethrow();
 
   std::shared_ptr<ProcessSet> set;
   if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end())

@@ -1,5 +1,6 @@
 #include "engine/plan.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "collectives/shards.h"
@@ -11,11 +12,11 @@ namespace {
 Signature plan_key(const Request& request) {
   Hasher hasher;
   hasher.add(static_cast<std::uint64_t>(request.collective))
-      .add(static_cast<std::uint64_t>(request.dtype))
       .add(static_cast<std::uint64_t>(request.op))
       .add(static_cast<std::uint64_t>(request.root));
   for (const TensorArg& tensor : request.tensors)
-    hasher.add(static_cast<std::uint64_t>(tensor.numel()));
+    hasher.add(static_cast<std::uint64_t>(tensor.dtype))
+        .add(static_cast<std::uint64_t>(tensor.numel()));
   return hasher.finish();
 }
 
@@ -34,13 +35,26 @@ std::pair<std::vector<TensorSegment>, std::int64_t> lay_out(
 
 Plan make_plan(const Request& request, Rank rank, int size) {
   Plan plan;
-  plan.dtype = request.dtype;
-  std::vector<std::int64_t> numels;
-  for (const TensorArg& tensor : request.tensors) numels.push_back(tensor.numel());
-  std::tie(plan.segments, plan.numel) = lay_out(numels);
-  if (request.collective == Collective::allreduce)
-    plan.allreduce = make_allreduce_plan(request.op, rank, size, plan.numel,
-                                         static_cast<std::int64_t>(plan.segments.size()));
+  for (std::size_t i = 0; i < request.tensors.size(); ++i) {
+    const DType dtype = request.tensors[i].dtype;
+    auto part = std::find_if(plan.parts.begin(), plan.parts.end(),
+                             [&](const Plan::Part& p) { return p.dtype == dtype; });
+    if (part == plan.parts.end()) part = plan.parts.insert(part, Plan::Part{.dtype = dtype});
+    part->tensors.push_back(i);
+  }
+  for (Plan::Part& part : plan.parts) {
+    std::vector<std::int64_t> numels;
+    for (const std::size_t i : part.tensors) numels.push_back(request.tensors[i].numel());
+    std::tie(part.segments, part.numel) = lay_out(numels);
+    const std::int64_t width = size_of(part.dtype);
+    part.offset = plan.fused_bytes;
+    plan.fused_bytes += part.numel * width;
+    if (request.collective != Collective::allreduce) continue;
+    part.allreduce = make_allreduce_plan(request.op, rank, size, part.numel,
+                                         static_cast<std::int64_t>(part.segments.size()));
+    plan.scratch_bytes = std::max(plan.scratch_bytes, part.allreduce.scratch_numel * width);
+    plan.stats_numel = std::max(plan.stats_numel, part.allreduce.stats_numel);
+  }
   if (request.collective == Collective::broadcast)
     plan.broadcast = make_broadcast_schedule(rank, size, request.root);
   return plan;

@@ -12,19 +12,25 @@ namespace adareduce {
 /// Everything about a request that does not depend on its data: a pure function of the rank, the
 /// number of ranks and the request's shapes, dtype and op. Built once, then looked up.
 struct Plan {
-  DType dtype = DType::f32;
-  std::vector<TensorSegment> segments;  ///< one per tensor, in order
-  std::int64_t numel = 0;               ///< of the fused buffer, padding included
-  AllreducePlan allreduce;
-  BroadcastSchedule broadcast;
+  /// The tensors of one dtype and their fused buffer.
+  struct Part {
+    DType dtype = DType::f32;
+    std::vector<std::size_t> tensors;     ///< indices into the request, increasing
+    std::vector<TensorSegment> segments;  ///< parallel to `tensors`
+    std::int64_t numel = 0;               ///< of the fused buffer, padding included
+    std::int64_t offset = 0;              ///< of the fused buffer among those of all parts, bytes
+    AllreducePlan allreduce;
 
-  SegmentTable table() const {
-    return {segments.data(), nullptr, static_cast<std::int64_t>(segments.size())};
-  }
-  std::size_t fused_bytes() const { return static_cast<std::size_t>(numel * size_of(dtype)); }
-  std::size_t scratch_bytes() const {
-    return static_cast<std::size_t>(allreduce.scratch_numel * size_of(dtype));
-  }
+    SegmentTable table() const {
+      return {segments.data(), nullptr, static_cast<std::int64_t>(segments.size())};
+    }
+  };
+  std::vector<Part> parts;  ///< by first appearance of their dtypes
+  BroadcastSchedule broadcast;
+  // What all parts need together, or one after the other.
+  std::int64_t fused_bytes = 0;
+  std::int64_t scratch_bytes = 0;
+  std::int64_t stats_numel = 0;
 };
 
 /// Where each tensor of `numels` lies in a fused buffer: one after the other, each on a multiple of

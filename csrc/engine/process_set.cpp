@@ -26,6 +26,11 @@ std::string seconds_text(Seconds seconds) {
   return concat(tenths / 10, " s");
 }
 
+// What moves no tensors overtakes what does.
+int channel_of(Collective collective) {
+  return collective == Collective::barrier || collective == Collective::add_process_set ? 1 : 0;
+}
+
 // What a call that cannot be finished tells its caller.
 std::exception_ptr failure_of(const Request& request, const std::string& text) {
   const std::string call = describe(request);
@@ -58,7 +63,7 @@ ProcessSet::~ProcessSet() {
 // ---- any thread ---------------------------------------------------------------------------------
 
 std::shared_ptr<Handle> ProcessSet::submit(Request request) {
-  const int index = request.collective == Collective::barrier ? kBarriers : kRequests;
+  const int index = channel_of(request.collective);
   const std::lock_guard lock(mutex_);
   Channel& channel = channels_[static_cast<std::size_t>(index)];
   if (problem_)
@@ -88,6 +93,9 @@ std::vector<std::shared_ptr<Handle>> ProcessSet::submit_departure(const std::str
 
 std::shared_ptr<Handle> ProcessSet::enqueue(Channel& channel, Request request) {
   Work work;
+  // Sequence numbers are equal on all ranks, also where some have made mistakes or used names.
+  if (request.name.empty())
+    request.name = concat(name_of(request.collective), ".noname.", channel.submitted);
   work.header = {.sequence = channel.submitted++,
                  .signature = request.flags == kNormal ? signature_of(request) : Signature{},
                  .flags = request.flags};
@@ -194,13 +202,13 @@ void ProcessSet::end_current(Channel& channel) {
 
 // What can fail on one rank alone happens here, before the others are kept waiting for it.
 void ProcessSet::prepare(Work& work) {
-  if (work.request.flags != kNormal || work.request.collective == Collective::barrier) return;
+  if (work.request.flags != kNormal || channel_of(work.request.collective) == kBarriers) return;
   try {
     work.plan = plans_.get(work.request);
     if (work.request.collective == Collective::allgather) return;
-    data_.reserve(work.plan->fused_bytes());
-    scratch_.reserve(work.plan->scratch_bytes());
-    stats_.reserve(static_cast<std::size_t>(work.plan->allreduce.stats_numel) * sizeof(double));
+    data_.reserve(static_cast<std::size_t>(work.plan->fused_bytes));
+    scratch_.reserve(static_cast<std::size_t>(work.plan->scratch_bytes));
+    stats_.reserve(static_cast<std::size_t>(work.plan->stats_numel) * sizeof(double));
   } catch (const std::bad_alloc&) {
     work.header.flags |= kFailed;
     work.request.flags |= kFailed;
@@ -268,68 +276,63 @@ Task ProcessSet::perform(Work& work) {
     case Collective::allgather:
       return perform_allgather(work);
     case Collective::barrier:
+    case Collective::add_process_set:
       break;
   }
-  return [](Work& barrier) -> Task {  // the agreement was the barrier
-    barrier.handle->finish();
+  return [](Work& agreed) -> Task {  // the agreement was all
+    agreed.handle->finish();
     co_return;
   }(work);
 }
 
-Task ProcessSet::perform_allreduce(Work& work) {
-  const Request& request = work.request;
-  const Plan& plan = *work.plan;
-  const Context context{*transports_.data, kernels_};
-  const SegmentTable table = plan.table();
-  std::vector<const void*> inputs;
-  std::vector<void*> outputs;
-  for (const TensorArg& tensor : request.tensors) {
-    inputs.push_back(tensor.input);
-    outputs.push_back(tensor.output);
-  }
-
-  kernels_.pack({.tensors = inputs.data(),
-                 .fused = data_.data(),
-                 .numel = plan.numel,
-                 .dtype = plan.dtype,
-                 .segments = &table,
-                 .scale = request.prescale},
-                context.stream);
-  const FusedBuffer fused{data_.data(), scratch_.data(), plan.numel, plan.dtype, table};
-  co_await allreduce(
-      context, plan.allreduce, fused,
-      {static_cast<double*>(stats_.data()), static_cast<std::size_t>(plan.allreduce.stats_numel)});
-  kernels_.unpack({.fused = data_.data(),
-                   .tensors = outputs.data(),
-                   .dtype = plan.dtype,
+void ProcessSet::pack(const Work& work, double scale) {
+  for (const Plan::Part& part : work.plan->parts) {
+    std::vector<const void*> inputs;
+    for (const std::size_t i : part.tensors) inputs.push_back(work.request.tensors[i].input);
+    const SegmentTable table = part.table();
+    kernels_.pack({.tensors = inputs.data(),
+                   .fused = at(data_.data(), part.offset, 1),
+                   .numel = part.numel,
+                   .dtype = part.dtype,
                    .segments = &table,
-                   .scale = request.postscale},
-                  context.stream);
+                   .scale = scale},
+                  {});
+  }
+}
+
+void ProcessSet::unpack(const Work& work, double scale) {
+  for (const Plan::Part& part : work.plan->parts) {
+    std::vector<void*> outputs;
+    for (const std::size_t i : part.tensors) outputs.push_back(work.request.tensors[i].output);
+    const SegmentTable table = part.table();
+    kernels_.unpack({.fused = at(data_.data(), part.offset, 1),
+                     .tensors = outputs.data(),
+                     .dtype = part.dtype,
+                     .segments = &table,
+                     .scale = scale},
+                    {});
+  }
+}
+
+Task ProcessSet::perform_allreduce(Work& work) {
+  const Context context{*transports_.data, kernels_};
+  pack(work, work.request.prescale);
+  for (const Plan::Part& part : work.plan->parts) {
+    const FusedBuffer fused{at(data_.data(), part.offset, 1), scratch_.data(), part.numel,
+                            part.dtype, part.table()};
+    co_await allreduce(context, part.allreduce, fused,
+                       {static_cast<double*>(stats_.data()),
+                        static_cast<std::size_t>(part.allreduce.stats_numel)});
+  }
+  unpack(work, work.request.postscale);  // only now: all tensors are written, or none
   work.handle->finish();
 }
 
 Task ProcessSet::perform_broadcast(Work& work) {
-  const Request& request = work.request;
-  const Plan& plan = *work.plan;
   const Context context{*transports_.data, kernels_};
-  const SegmentTable table = plan.table();
-  if (rank() == request.root) {
-    std::vector<const void*> inputs;
-    for (const TensorArg& tensor : request.tensors) inputs.push_back(tensor.input);
-    kernels_.pack({.tensors = inputs.data(),
-                   .fused = data_.data(),
-                   .numel = plan.numel,
-                   .dtype = plan.dtype,
-                   .segments = &table},
-                  context.stream);
-  }
-  co_await broadcast(context, plan.broadcast, data_.data(),
-                     static_cast<std::int64_t>(plan.fused_bytes()));
-  std::vector<void*> outputs;
-  for (const TensorArg& tensor : request.tensors) outputs.push_back(tensor.output);
-  kernels_.unpack(
-      {.fused = data_.data(), .tensors = outputs.data(), .dtype = plan.dtype, .segments = &table},
-      context.stream);
+  if (rank() == work.request.root) pack(work, 1.0);
+  co_await broadcast(context, work.plan->broadcast, data_.data(), work.plan->fused_bytes);
+  unpack(work, 1.0);
   work.handle->finish();
 }
 
@@ -347,7 +350,7 @@ Task ProcessSet::perform_allgather(Work& work) {
     std::vector<std::int64_t> row_shape = request.tensors[t].shape;
     rows[self * num_tensors + t] = row_shape.front();
     row_shape.front() = 1;
-    row_bytes.push_back(TensorArg{row_shape, nullptr, nullptr}.numel() * size_of(request.dtype));
+    row_bytes.push_back(TensorArg{row_shape}.numel() * size_of(request.tensors[t].dtype));
   }
   co_await allgather_numbers(context, kDataTag, rows, static_cast<std::int64_t>(num_tensors));
 

@@ -88,6 +88,8 @@ class ProcessSet {
   void prepare(Work& work);
   Task run(Channel& channel);
   Task perform(Work& work);
+  void pack(const Work& work, double scale);
+  void unpack(const Work& work, double scale);
   Task perform_allreduce(Work& work);
   Task perform_broadcast(Work& work);
   Task perform_allgather(Work& work);

@@ -11,8 +11,28 @@ namespace {
 
 constexpr std::size_t kShapesInOneLine = 4;
 
-constexpr std::array<std::string_view, kNumCollectives> kNames{"allreduce", "broadcast",
-                                                               "allgather", "barrier"};
+constexpr std::array<std::string_view, kNumCollectives> kNames{
+    "allreduce", "broadcast", "allgather", "barrier", "add_process_set"};
+
+bool has_tensors(const Request& request) {
+  return request.collective != Collective::barrier &&
+         request.collective != Collective::add_process_set;
+}
+
+// "float32", or in the order of the tensors "float32 x 2, float64".
+std::string dtype_text(const std::vector<TensorArg>& tensors) {
+  std::string text;
+  bool is_uniform = true;
+  for (std::size_t i = 0; i < tensors.size();) {
+    std::size_t end = i;
+    while (end < tensors.size() && tensors[end].dtype == tensors[i].dtype) ++end;
+    is_uniform = end - i == tensors.size();
+    text += concat(text.empty() ? "" : ", ", name_of(tensors[i].dtype));
+    if (!is_uniform && end - i > 1) text += concat(" x ", end - i);
+    i = end;
+  }
+  return tensors.empty() ? "none" : is_uniform ? text : "(" + text + ")";
+}
 
 // Ranks may bring different numbers of rows to an allgather.
 std::vector<std::int64_t> agreed_shape(const Request& request, const TensorArg& tensor) {
@@ -44,23 +64,22 @@ std::int64_t TensorArg::numel() const {
 
 void check(const Request& request, int num_ranks) {
   const std::string_view function = name_of(request.collective);
-  if (request.collective == Collective::barrier) return;
+  if (!has_tensors(request)) return;
   const auto refuse = [&](const auto&... words) {
     throw UsageError(concat(function, ": ", words...));
   };
   (void)name_of(request.op);  // throws for a code that is unknown
   if (request.device.kind != DeviceKind::cpu) refuse("device must be cpu, got cuda");
   const bool has_scale = request.prescale != 1.0 || request.postscale != 1.0;
-  if (request.collective == Collective::allreduce || has_scale) {
-    if (!has_arithmetic(request.dtype))
-      refuse("dtype must be float32 or float64, got ", name_of(request.dtype));
-  }
   if (request.collective == Collective::broadcast &&
       (request.root < 0 || request.root >= num_ranks))
     refuse("root_rank must be a rank of the process set of ", num_ranks, " ranks, got place ",
            request.root);
   for (std::size_t i = 0; i < request.tensors.size(); ++i) {
     const TensorArg& tensor = request.tensors[i];
+    const std::string_view dtype = name_of(tensor.dtype);
+    if ((request.collective == Collective::allreduce || has_scale) && !has_arithmetic(tensor.dtype))
+      refuse("dtype must be float32 or float64, got ", dtype);
     for (const std::int64_t extent : tensor.shape)
       if (extent < 0) refuse("tensor ", i, " must have a shape, got ", shape_text(tensor.shape));
     if (request.collective == Collective::allgather && tensor.shape.empty())
@@ -75,10 +94,9 @@ void check(const Request& request, int num_ranks) {
 Signature signature_of(const Request& request) {
   Hasher hasher;
   hasher.add(static_cast<std::uint64_t>(request.collective));
-  if (request.collective == Collective::barrier) return hasher.finish();
-  hasher.add(request.name)
-      .add(static_cast<std::uint64_t>(request.dtype))
-      .add(static_cast<std::uint64_t>(request.device.kind));
+  for (const Rank rank : request.members) hasher.add(static_cast<std::uint64_t>(rank));
+  if (!has_tensors(request)) return hasher.finish();
+  hasher.add(request.name).add(static_cast<std::uint64_t>(request.device.kind));
   if (request.collective == Collective::allreduce)
     hasher.add(static_cast<std::uint64_t>(request.op)).add(request.prescale).add(request.postscale);
   if (request.collective == Collective::broadcast)
@@ -86,7 +104,8 @@ Signature signature_of(const Request& request) {
   hasher.add(static_cast<std::uint64_t>(request.tensors.size()));
   for (const TensorArg& tensor : request.tensors) {
     const std::vector<std::int64_t> shape = agreed_shape(request, tensor);
-    hasher.add(static_cast<std::uint64_t>(shape.size()));
+    hasher.add(static_cast<std::uint64_t>(tensor.dtype))
+        .add(static_cast<std::uint64_t>(shape.size()));
     for (const std::int64_t extent : shape) hasher.add(static_cast<std::uint64_t>(extent));
   }
   return hasher.finish();
@@ -105,9 +124,11 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
     fields.emplace_back(std::move(key), std::move(value));
   };
   add("collective", std::string(name_of(request.collective)));
-  if (request.collective == Collective::barrier) return fields;
+  if (request.collective == Collective::add_process_set)
+    add("ranks", concat("[", join_words(request.members), "]"));
+  if (!has_tensors(request)) return fields;
   add("name", "'" + request.name + "'");
-  add("dtype", std::string(name_of(request.dtype)));
+  add("dtype", dtype_text(request.tensors));
   add("device", request.device.kind == DeviceKind::cpu ? "cpu" : "cuda");
   if (request.collective == Collective::allreduce) {
     add("op", std::string(name_of(request.op)));
@@ -126,8 +147,10 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
 std::string describe(const Request& request) {
   if (request.flags & kLeaving) return "shutdown()";
   std::string text = concat(name_of(request.collective), "(");
-  if (request.collective == Collective::barrier) return text + ")";
-  text += concat("name='", request.name, "', dtype=", name_of(request.dtype));
+  if (request.collective == Collective::add_process_set)
+    text += concat("ranks=[", join_words(request.members), "]");
+  if (!has_tensors(request)) return text + ")";
+  text += concat("name='", request.name, "', dtype=", dtype_text(request.tensors));
   if (request.device.kind != DeviceKind::cpu) text += ", device=cuda";
   if (request.collective == Collective::allreduce) {
     text += concat(", op=", name_of(request.op));

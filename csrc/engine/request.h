@@ -10,14 +10,21 @@
 namespace adareduce {
 
 /// What a request asks for. The codes cross the Python border and the wire.
-enum class Collective : std::uint8_t { allreduce = 0, broadcast = 1, allgather = 2, barrier = 3 };
-inline constexpr int kNumCollectives = 4;
+enum class Collective : std::uint8_t {
+  allreduce = 0,
+  broadcast = 1,
+  allgather = 2,
+  barrier = 3,
+  add_process_set = 4,  ///< only the agreement on it
+};
+inline constexpr int kNumCollectives = 5;
 
 std::string_view name_of(Collective collective);
 
 /// A dense tensor of the caller's, which keeps it alive until the request has ended.
 struct TensorArg {
   std::vector<std::int64_t> shape;
+  DType dtype = DType::u8;
   const void* input = nullptr;
   void* output = nullptr;  ///< may be `input`; null where the result's size is not known before
 
@@ -37,14 +44,14 @@ enum RequestFlags : std::uint32_t {
 /// One call of one rank. A grouped call is one request.
 struct Request {
   Collective collective = Collective::barrier;
-  std::string name;
-  DType dtype = DType::u8;
+  std::string name;  ///< empty: numbered by the engine, the same on all ranks
   Device device;
   ReduceOp op = ReduceOp::sum;
   Rank root = 0;  ///< of the process set
   double prescale = 1.0;
   double postscale = 1.0;
-  std::vector<TensorArg> tensors;
+  std::vector<TensorArg> tensors;  ///< their dtypes may differ
+  std::vector<Rank> members;       ///< of add_process_set
 
   std::uint32_t flags = kNormal;
   std::string reason;      ///< why it is flagged, for people

@@ -39,12 +39,11 @@ class Engine:
         process_set: int,
         collective: int,
         name: str,
-        dtype: int,
         op: int,
         root: int,
         prescale: float,
         postscale: float,
-        tensors: Sequence[tuple[Sequence[int], int, int]],
+        tensors: Sequence[tuple[Sequence[int], int, int, int]],
     ) -> Handle: ...
     def reject(self, *, process_set: int, is_barrier: bool, reason: str) -> None: ...
     def add_process_set(self, ranks: Sequence[int]) -> int: ...

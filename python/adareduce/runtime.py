@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import operator
 import os
 import sys
 import threading
@@ -43,7 +44,6 @@ class ProcessSet:
         self.ranks: list[int] = [int(rank) for rank in ranks]
         self.process_set_id: int | None = None
         self.names_in_use: set[str] = set()
-        self.calls_without_name = 0
 
     def size(self) -> int:
         """Number of ranks in the set."""
@@ -163,7 +163,7 @@ def _connect(comm: Sequence[int] | Any | None, settings: Settings) -> _core.Engi
 
 def _check_ranks(argument: str, ranks: Sequence[int], size: int) -> list[int]:
     try:
-        checked = [int(rank) for rank in ranks]
+        checked = [operator.index(rank) for rank in ranks]
     except TypeError as error:
         raise ValueError(
             f"{argument} must be a list of ranks or an mpi4py communicator, got {ranks!r}"
@@ -187,12 +187,13 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
         ValueError: A set of these ranks exists, or the ranks are not increasing ranks of the job.
     """
     job = current_job()
-    if not isinstance(process_set, ProcessSet):
-        process_set = ProcessSet(process_set)
-    ranks = _check_ranks("add_process_set: ranks", process_set.ranks, job.engine.size)
-    for other in job.process_sets:
-        if other.ranks == ranks:
-            raise ValueError(f"add_process_set: ranks {ranks} are those of {other} already")
+    with rejected_on_all_ranks(global_process_set, is_barrier=True):
+        if not isinstance(process_set, ProcessSet):
+            process_set = ProcessSet(process_set)
+        ranks = _check_ranks("add_process_set: ranks", process_set.ranks, job.engine.size)
+        for other in job.process_sets:
+            if other.ranks == ranks:
+                raise ValueError(f"add_process_set: ranks {ranks} are those of {other} already")
     process_set_id = job.engine.add_process_set(ranks)
     _adopt_process_set(process_set, ranks, process_set_id)
     return process_set
@@ -202,7 +203,6 @@ def _adopt_process_set(process_set: ProcessSet, ranks: list[int], process_set_id
     process_set.ranks = ranks
     process_set.process_set_id = process_set_id
     process_set.names_in_use = set()
-    process_set.calls_without_name = 0
     current_job().process_sets.append(process_set)
 
 

@@ -178,7 +178,7 @@ Job submit_allreduce(Engine& engine, int process_set, int step, ReduceOp op, Ran
   Request request;
   request.collective = Collective::allreduce;
   request.name = concat("step ", step);
-  request.dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
+  const DType dtype = sizeof(T) == 4 ? DType::f32 : DType::f64;
   request.op = op;
   const auto value = [=](Rank owner, std::int64_t i) {
     if (op == ReduceOp::adasum && i % size != owner) return 0.0;
@@ -191,7 +191,7 @@ Job submit_allreduce(Engine& engine, int process_set, int step, ReduceOp op, Ran
     const auto out = step % 2 == 0 ? in : std::make_shared<Memory>(bytes, kUntouched);
     job.memory.push_back(out);
     fill<T>(*in, [&](std::int64_t i) { return value(rank, i); });
-    request.tensors.push_back({{numel}, in->data.get(), out->data.get()});
+    request.tensors.push_back({{numel}, dtype, in->data.get(), out->data.get()});
   }
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [=](const Job& self) {
@@ -212,13 +212,12 @@ Job submit_broadcast(Engine& engine, int process_set, int step, Rank root, Rank 
   Request request;
   request.collective = Collective::broadcast;
   request.name = concat("step ", step);
-  request.dtype = DType::i32;
   request.root = root;
   for (const std::int64_t numel : numels) {
     const auto in = job.memory.emplace_back(std::make_shared<Memory>(4 * numel));
     const auto out = job.memory.emplace_back(std::make_shared<Memory>(4 * numel));
     fill<std::int32_t>(*in, [&](std::int64_t i) { return element(step, rank, i); });
-    request.tensors.push_back({{numel}, in->data.get(), out->data.get()});
+    request.tensors.push_back({{numel}, DType::i32, in->data.get(), out->data.get()});
   }
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [=](const Job& self) {
@@ -237,11 +236,10 @@ Job submit_allgather(Engine& engine, int process_set, int step, Rank rank, int s
   Request request;
   request.collective = Collective::allgather;
   request.name = concat("step ", step);
-  request.dtype = DType::f64;
   for (int t = 0; t < 1 + step % 2; ++t) {
     const auto in = job.memory.emplace_back(std::make_shared<Memory>(rows_of(rank) * kColumns * 8));
     fill<double>(*in, [&](std::int64_t i) { return element(step + t, rank, i); });
-    request.tensors.push_back({{rows_of(rank), kColumns}, in->data.get(), nullptr});
+    request.tensors.push_back({{rows_of(rank), kColumns}, DType::f64, in->data.get(), nullptr});
   }
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [=](const Job& self) {
@@ -270,13 +268,13 @@ Job submit_disagreement(Engine& engine, int process_set, int step, Random& rando
   Request request;
   request.collective = Collective::allreduce;
   request.name = concat("step ", step, is_culprit && way == 0 ? " of another" : "");
-  request.dtype = is_culprit && way == 1 ? DType::f64 : DType::f32;
+  const DType dtype = is_culprit && way == 1 ? DType::f64 : DType::f32;
   request.op = is_culprit && way == 2 ? ReduceOp::adasum : ReduceOp::sum;
   request.prescale = is_culprit && way == 3 ? 0.5 : 1.0;
   const std::int64_t numel = is_culprit && way == 4 ? 17 : 9;
   const auto in = job.memory.emplace_back(std::make_shared<Memory>(8 * numel));
   const auto out = job.memory.emplace_back(std::make_shared<Memory>(8 * numel, kUntouched));
-  request.tensors.push_back({{numel}, in->data.get(), out->data.get()});
+  request.tensors.push_back({{numel}, dtype, in->data.get(), out->data.get()});
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [](const Job& self) {
     check_contains(error_of<DisagreementError>(self.handle), "the ranks disagree on ");

@@ -32,7 +32,7 @@ class AllRanks:
         content = pickle.dumps(value)
         sends = [self._comm.Isend([content, self._mpi.BYTE], dest=peer) for peer in awaited]
         deadline = time.monotonic() + limit
-        while awaited or not all([send.Test() for send in sends]):
+        while awaited or any(not send.Test() for send in sends):
             for peer in list(awaited):
                 message = self._comm.Improbe(source=peer, status=(status := self._mpi.Status()))
                 if message is None:

@@ -1,7 +1,7 @@
 """pytest on several ranks at once: ``mpirun -n P python -m pytest tests/mpi``.
 
 Every rank runs the same tests. After each test the outcomes of all ranks are gathered, so that one
-rank's failure fails the test on every rank, with the texts attributed to ranks; rank 0 alone prints.
+rank's failure fails the test on every rank, with the texts attributed to ranks; rank 0 prints.
 A rank whose test fails leaves the job at once, so that the others, who may wait for it in a
 collective, are not kept until a deadline; all ranks then begin the next test with a new init().
 """

@@ -22,13 +22,19 @@ def integers(rank: int, shape: Sequence[int], dtype: torch.dtype, seed: int = 0)
     """Small integers in any dtype: sums over few ranks are exact, whatever their order."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     values = torch.randint(-9, 10, tuple(shape), generator=generator)
-    return (values > 0) if dtype == torch.bool else (values.abs() if dtype == torch.uint8 else values).to(dtype)
+    return (
+        (values > 0)
+        if dtype == torch.bool
+        else (values.abs() if dtype == torch.uint8 else values).to(dtype)
+    )
 
 
 def normals(rank: int, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     """Random numbers whose norms differ between ranks."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * (rank + 1)).to(dtype)
+    return (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * (rank + 1)).to(
+        dtype
+    )
 
 
 def of_all_ranks(make: object, *arguments: object) -> list[torch.Tensor]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
 from inputs import FLOATS, arrays, assert_equal, bits, norm, normals, of_all_ranks, total
 
 import adareduce.torch as hvd
+import reference
 
 GROUPS = {
     "five-and-eight": [(5,), (8,)],

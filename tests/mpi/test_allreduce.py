@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import reference
 import torch
 from inputs import (
     FLOATS,
@@ -20,6 +19,7 @@ from inputs import (
 )
 
 import adareduce.torch as hvd
+import reference
 
 VARIANTS: dict[str, Callable[..., torch.Tensor]] = {
     "allreduce": hvd.allreduce,
@@ -30,7 +30,9 @@ VARIANTS: dict[str, Callable[..., torch.Tensor]] = {
 GROUPED: dict[str, Callable[..., list[torch.Tensor]]] = {
     "grouped_allreduce": hvd.grouped_allreduce,
     "grouped_allreduce_": hvd.grouped_allreduce_,
-    "grouped_allreduce_async": lambda *a, **k: hvd.synchronize(hvd.grouped_allreduce_async(*a, **k)),
+    "grouped_allreduce_async": lambda *a, **k: hvd.synchronize(
+        hvd.grouped_allreduce_async(*a, **k)
+    ),
     "grouped_allreduce_async_": lambda *a, **k: hvd.synchronize(
         hvd.grouped_allreduce_async_(*a, **k)
     ),
@@ -40,7 +42,7 @@ MIXED_GROUP = [((5,), torch.float32), ((8,), torch.float64), ((0,), torch.float3
 
 
 def of_all_ranks_grouped() -> list[list[torch.Tensor]]:
-    """[tensor][rank]"""
+    """Values by tensor and rank."""
     return [
         of_all_ranks(integers, shape, dtype, index)
         for index, (shape, dtype) in enumerate(MIXED_GROUP)
@@ -172,7 +174,9 @@ def test_the_gradient_of_adasum_is_refused():
     assert_library_works()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.float16, torch.bool, torch.complex64], ids=str
+)
 @pytest.mark.parametrize("op", [hvd.Sum, hvd.Adasum], ids=str)
 def test_dtypes_without_arithmetic_are_refused_by_name(dtype, op):
     with pytest.raises(TypeError, match=f"allreduce: .*got {str(dtype).removeprefix('torch.')}"):
@@ -182,7 +186,9 @@ def test_dtypes_without_arithmetic_are_refused_by_name(dtype, op):
 def test_wrong_arguments_are_refused_with_rule_and_value():
     with pytest.raises(ValueError, match=r"allreduce: only one of average and op"):
         hvd.allreduce(torch.zeros(3), average=True, op=hvd.Sum)
-    with pytest.raises(ValueError, match=r"allreduce: op must be one of Average, Sum, Adasum, got 17"):
+    with pytest.raises(
+        ValueError, match=r"allreduce: op must be one of Average, Sum, Adasum, got 17"
+    ):
         hvd.allreduce(torch.zeros(3), op=17)
     with pytest.raises(TypeError, match=r"allreduce: tensor must be a torch.Tensor, got list"):
         hvd.allreduce([1.0, 2.0])

@@ -121,8 +121,14 @@ def test_the_gradient_of_allgather_is_the_sum_for_ones_own_rows(rank, size):
     assert_equal(tensor.grad, total(weights)[first : first + rank + 1])
 
 
-def test_allgather_refuses_scalars_and_mixed_groups():
+def test_allgather_refuses_scalars():
     with pytest.raises(ValueError, match="at least one dimension, got a scalar"):
         hvd.allgather(torch.tensor(1.0))
-    with pytest.raises(TypeError, match=r"one dtype, got torch.float32 and torch.int32"):
-        hvd.grouped_allgather([torch.zeros(1), torch.zeros(1, dtype=torch.int32)])
+
+
+def test_a_group_to_gather_may_mix_dtypes(rank, size):
+    floats = torch.full((rank + 1, 2), float(rank))
+    bools = torch.tensor([rank % 2 == 0])
+    gathered = hvd.grouped_allgather([floats, bools])
+    assert_equal(gathered[0], torch.cat([torch.full((r + 1, 2), float(r)) for r in range(size)]))
+    assert_equal(gathered[1], torch.tensor([r % 2 == 0 for r in range(size)]))

@@ -83,7 +83,11 @@ def test_a_disagreement_names_field_values_and_ranks_on_every_rank(case, rank, s
     usual = f"{rank_words(range(size - 1))}: {expected.usual_value}"
     odd = f"rank {size - 1}: {expected.odd_value}"
     assert f"{expected.field} ({usual}; {odd}{')' if expected.odd_value else ''}" in message
-    for part in (f"{rank_words(range(size - 1))} called", f"rank {size - 1} called", *expected.parts):
+    for part in (
+        f"{rank_words(range(size - 1))} called",
+        f"rank {size - 1} called",
+        *expected.parts,
+    ):
         assert part in message
     verdicts = ranks.gather(message.partition("the ranks disagree")[2])
     assert len(set(verdicts)) == 1, "the ranks were told different things"
@@ -133,7 +137,7 @@ REJECTIONS: dict[str, tuple[Call, Call, type[Exception], str]] = {
         ValueError, "allreduce: tensor must be contiguous",
     ),
     "op": (reduce(), reduce(op=99), ValueError, "allreduce: op must be one of"),
-    "both op and average": (reduce(), reduce(average=True), ValueError, "only one of average and op"),
+    "op and average": (reduce(), reduce(average=True), ValueError, "only one of average and op"),
     "root": (broadcast(0), broadcast(99), ValueError, "broadcast: root_rank must be one of"),
     "scalar": (gather((3,)), gather(()), ValueError, "at least one dimension"),
     "not a tensor": (
@@ -191,7 +195,10 @@ def test_groups_with_different_numbers_of_dtypes_leave_the_library_usable(rank, 
 
 
 def test_models_with_different_numbers_of_dtypes_leave_the_library_usable(rank, size):
-    params = {"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int64 if rank == 0 else torch.float32)}
+    params = {
+        "a": torch.ones(2),
+        "b": torch.ones(2, dtype=torch.int64 if rank == 0 else torch.float32),
+    }
     with pytest.raises(hvd.HorovodInternalError, match="disagree"):
         hvd.broadcast_parameters(params, root_rank=0)
     assert_library_works()

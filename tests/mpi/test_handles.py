@@ -32,7 +32,7 @@ def test_nobody_leaves_a_barrier_before_the_last_has_come(rank, size, ranks, tmp
     folders = ranks.gather(str(tmp_path))
     sign = f"{folders[0]}/the-last-has-come"
     if rank == size - 1:
-        open(sign, "w").close()  # noqa: SIM115
+        open(sign, "w").close()
     hvd.barrier()
     with open(sign):
         pass
@@ -62,7 +62,7 @@ def test_poll_becomes_true_without_synchronize(rank, ranks):
 
 def test_a_name_is_in_use_until_its_handle_is_synchronised():
     handle = hvd.allreduce_async(torch.ones(3), name="x", op=hvd.Sum)
-    with pytest.raises(ValueError, match="name must not be in use .*'x'"):
+    with pytest.raises(ValueError, match=r"name must not be in use .*'x'"):
         hvd.allreduce_async(torch.ones(3), name="x", op=hvd.Sum)
     hvd.synchronize(handle)
     hvd.allreduce(torch.ones(3), name="x", op=hvd.Sum)

@@ -12,7 +12,10 @@ import adareduce.torch as hvd
 def make_model(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 2),
     ).to(memory_format=torch.channels_last)
     model(torch.randn(2, 3, 4, 4))  # BatchNorm's buffers, an int64 among them
     for _ in range(seed):
@@ -52,7 +55,9 @@ def test_broadcast_parameters_refuses_what_has_no_names(params):
 
 
 @pytest.mark.openmpi_round
-@pytest.mark.parametrize("obj", [None, 17, {"epoch": 3, "best": [0.25, None]}, "x" * 100_000], ids=type)
+@pytest.mark.parametrize(
+    "obj", [None, 17, {"epoch": 3, "best": [0.25, None]}, "x" * 100_000], ids=type
+)
 def test_broadcast_object_gives_every_rank_the_roots_object(obj, rank, size):
     for root in range(size):
         assert hvd.broadcast_object(obj if rank == root else "something else", root) == obj

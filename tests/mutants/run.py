@@ -1,8 +1,8 @@
-"""Breaks the library on purpose and demands that the tests notice.   python tests/mutants/run.py
+"""Breaks the library on purpose and demands that the tests notice.
 
-Every *.patch in this folder is applied to a copy of the sources, which is built without MPI; then the
-tests that its line "tests:" names must fail, by failing assertions and not by a broken build. First
-the same tests must pass on the unpatched copy.
+Every *.patch in this folder is applied to a copy of the sources, which is built without MPI; then
+the tests that its line "tests:" names must fail, by failing assertions and not by a broken build.
+First the same tests must pass on the unpatched copy.
 """
 
 from __future__ import annotations

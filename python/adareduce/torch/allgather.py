@@ -55,7 +55,7 @@ def grouped_allgather_async(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
-    """As ``allgather_async`` for several tensors of one dtype in one request."""
+    """As ``allgather_async`` for several tensors in one request."""
     return _start("grouped_allgather", list(tensors), name, process_set)
 
 
@@ -97,35 +97,28 @@ def _start(
                 raise ValueError(
                     f"{function}: tensor must have at least one dimension, got a scalar"
                 )
-            if tensor.dtype != tensors[0].dtype:
-                raise TypeError(
-                    f"{function}: tensors must have one dtype, got {tensors[0].dtype} and"
-                    f" {tensor.dtype}"
-                )
         inputs = [tensor.detach().contiguous() for tensor in tensors]
-        reserved_name = take_name(function, name, process_set)
+        take_name(function, name, process_set)
         try:
             request = submit(
                 Collective.allgather,
                 inputs,
                 [None] * len(inputs),
-                name=reserved_name,
+                name=name,
                 process_set=process_set,
             )
         except Exception:
-            process_set.names_in_use.discard(reserved_name)
+            process_set.names_in_use.discard(name)
             raise
 
-    def finish(requests: Sequence[_core.Handle]) -> torch.Tensor | list[torch.Tensor]:
+    def finish(request: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
         results = [
             _to_tensor(memory, shape, tensor.dtype)
-            for (memory, shape), tensor in zip(requests[0].gathered(), inputs, strict=True)
+            for (memory, shape), tensor in zip(request.gathered(), inputs, strict=True)
         ]
         return results if function == "grouped_allgather" else results[0]
 
-    return Handle(
-        [request], finish, inputs, lambda: process_set.names_in_use.discard(reserved_name)
-    )
+    return Handle(request, finish, name, process_set)
 
 
 def _to_tensor(memory: _core.Memory, shape: list[int], dtype: torch.dtype) -> torch.Tensor:

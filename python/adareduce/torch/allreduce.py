@@ -38,7 +38,7 @@ def grouped_allreduce_async_(
 
     Args:
         tensors: Contiguous float32 or float64 CPU tensors of any shapes, the same on all ranks.
-            One request per dtype, in the order in which the dtypes appear.
+            They may differ in dtype.
         average: Deprecated: use ``op``.
         name: Equal on all ranks; in use until the handle is synchronised.
         op: Average (default), Sum or Adasum; Adasum is computed for each tensor by itself.
@@ -261,7 +261,6 @@ def _start(
     *,
     in_place: bool,
 ) -> Handle:
-    """Submits one request for each dtype among the tensors."""
     with rejected_on_all_ranks(process_set):
         chosen_op = _choose_op(function, average, op)
         check_tensors(function, tensors, in_place=in_place)
@@ -272,44 +271,26 @@ def _start(
                     f" {str(tensor.dtype).removeprefix('torch.')}"
                 )
         inputs = [tensor.detach().contiguous() for tensor in tensors]
-        if outputs is None:
-            outputs = [torch.empty_like(tensor) for tensor in inputs]
-        final_outputs = outputs
-        name = take_name(function, name, process_set)
+        final_outputs = outputs or [torch.empty_like(tensor) for tensor in inputs]
+        take_name(function, name, process_set)
         try:
-            requests = [
-                submit(
-                    Collective.allreduce,
-                    [inputs[i] for i in indices],
-                    [final_outputs[i] for i in indices],
-                    name=name,
-                    process_set=process_set,
-                    op=chosen_op,
-                    prescale_factor=float(prescale_factor),
-                    postscale_factor=float(postscale_factor),
-                )
-                for indices in _indices_by_dtype(inputs)
-            ]
+            request = submit(
+                Collective.allreduce,
+                inputs,
+                final_outputs,
+                name=name,
+                process_set=process_set,
+                op=chosen_op,
+                prescale_factor=float(prescale_factor),
+                postscale_factor=float(postscale_factor),
+            )
         except Exception:
             process_set.names_in_use.discard(name)
             raise
 
-    def finish(_: Sequence[_core.Handle]) -> torch.Tensor | list[torch.Tensor]:
+    def finish(_: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
         if in_place:
             mark_written(final_outputs)
         return final_outputs if function == "grouped_allreduce" else final_outputs[0]
 
-    reserved_name = name
-    return Handle(
-        requests,
-        finish,
-        [*inputs, *final_outputs],
-        lambda: process_set.names_in_use.discard(reserved_name),
-    )
-
-
-def _indices_by_dtype(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
-    groups: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault(tensor.dtype, []).append(index)
-    return list(groups.values())
+    return Handle(request, finish, name, process_set)

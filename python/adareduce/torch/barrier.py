@@ -14,5 +14,5 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
         HorovodInternalError: A rank is lost, has left, or did not come in time.
     """
     with rejected_on_all_ranks(process_set, is_barrier=True):
-        request = submit(Collective.barrier, [], [], name="", process_set=process_set)
-    Handle([request], lambda _: None, [], lambda: None).synchronize()
+        request = submit(Collective.barrier, [], [], name=None, process_set=process_set)
+    Handle(request, lambda _: None, None, process_set).synchronize()

@@ -107,7 +107,7 @@ def start_broadcast(
     in_place: bool,
     is_grouped: bool,
 ) -> Handle:
-    """One request for tensors of one dtype."""
+    """One request for all tensors."""
     with rejected_on_all_ranks(process_set):
         check_tensors("broadcast", tensors, in_place=in_place)
         if root_rank not in process_set.ranks:
@@ -118,28 +118,23 @@ def start_broadcast(
             )
         inputs = [tensor.detach().contiguous() for tensor in tensors]
         outputs = list(tensors) if in_place else [torch.empty_like(tensor) for tensor in inputs]
-        reserved_name = take_name("broadcast", name, process_set)
+        take_name("broadcast", name, process_set)
         try:
             request = submit(
                 Collective.broadcast,
                 inputs,
                 outputs,
-                name=reserved_name,
+                name=name,
                 process_set=process_set,
                 root=process_set.ranks.index(root_rank),
             )
         except Exception:
-            process_set.names_in_use.discard(reserved_name)
+            process_set.names_in_use.discard(name)
             raise
 
-    def finish(_: Sequence[_core.Handle]) -> torch.Tensor | list[torch.Tensor]:
+    def finish(_: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
         if in_place:
             mark_written(outputs)
         return outputs if is_grouped else outputs[0]
 
-    return Handle(
-        [request],
-        finish,
-        [*inputs, *outputs],
-        lambda: process_set.names_in_use.discard(reserved_name),
-    )
+    return Handle(request, finish, name, process_set)

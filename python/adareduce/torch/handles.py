@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,49 +27,60 @@ _DTYPE_CODES = {
     torch.float64: 8,
     torch.bool: 9,
 }
+# Tensors that the engine may read or write, oldest request first.
+_in_flight: deque[tuple[_core.Handle, tuple[torch.Tensor | None, ...]]] = deque()
+
 ARITHMETIC_DTYPES = (torch.float32, torch.float64)
 
 
 class Handle:
-    """A call that has been submitted. Keeps its tensors alive until ``synchronize``."""
+    """A call that has been submitted. Its tensors stay alive until it ends, also if this goes."""
 
     def __init__(
         self,
-        requests: Sequence[_core.Handle],
-        finish: Callable[[Sequence[_core.Handle]], Any],
-        keep_alive: Sequence[torch.Tensor],
-        release: Callable[[], None],
+        request: _core.Handle,
+        finish: Callable[[_core.Handle], Any],
+        name: str | None,
+        process_set: ProcessSet,
     ) -> None:
-        self._requests = requests
+        self._request: _core.Handle | None = request
         self._finish = finish
-        self._keep_alive = keep_alive
-        self._release = release
-        self._is_finished = False
+        self._name = name
+        self._process_set = process_set
+        self._lock = threading.Lock()  # any number of threads may wait
         self._result: Any = None
         self._error: BaseException | None = None
 
     def poll(self) -> bool:
         """See ``poll``."""
-        return self._is_finished or all(request.is_finished() for request in self._requests)
+        request = self._request
+        return request is None or request.is_finished()
 
     def synchronize(self) -> Any:
         """See ``synchronize``."""
-        if not self._is_finished:
-            for request in self._requests:
-                while not request.wait_for(_WAIT_SECONDS):
-                    pass
-            self._is_finished = True
-            self._release()
-            try:
-                for request in self._requests:
-                    request.rethrow()
-                self._result = self._finish(self._requests)
-            except Exception as error:
-                self._error = error
-            self._keep_alive = self._requests = ()
+        request = self._request
+        while request is not None and not request.wait_for(_WAIT_SECONDS):
+            pass
+        with self._lock:
+            if self._request is not None:
+                try:
+                    self._request.rethrow()
+                    self._result = self._finish(self._request)
+                except Exception as error:
+                    self._error = error
+                self._request = None
+                self._release_name()
         if self._error is not None:
             raise self._error
         return self._result
+
+    def _release_name(self) -> None:
+        if self._name is not None:
+            self._process_set.names_in_use.discard(self._name)
+            self._name = None
+
+    def __del__(self) -> None:
+        self._release_name()
 
 
 def poll(handle: Handle) -> bool:
@@ -89,48 +102,50 @@ def submit(
     inputs: Sequence[torch.Tensor],
     outputs: Sequence[torch.Tensor | None],
     *,
-    name: str,
+    name: str | None,
     process_set: ProcessSet,
     op: ReduceOp = ReduceOp.Sum,
     root: int = 0,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> _core.Handle:
-    """Hands contiguous CPU tensors of one dtype to the engine. The caller keeps them alive."""
+    """Hands contiguous CPU tensors to the engine and keeps them alive until it has finished."""
     if process_set.process_set_id is None:
         current_job()  # says that init() is missing, where it is
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
-    return current_job().engine.submit(
+    request = current_job().engine.submit(
         process_set=process_set.process_set_id,
         collective=collective,
-        name=name,
-        dtype=_DTYPE_CODES[inputs[0].dtype] if inputs else 0,
+        name=name or "",
         op=op,
         root=root,
         prescale=prescale_factor,
         postscale=postscale_factor,
         tensors=[
-            (tuple(i.shape), i.data_ptr(), 0 if o is None else o.data_ptr())
+            (tuple(i.shape), _DTYPE_CODES[i.dtype], i.data_ptr(), 0 if o is None else o.data_ptr())
             for i, o in zip(inputs, outputs, strict=True)
         ],
     )
+    # Requests end about in their order, so that looking at the oldest is enough.
+    _in_flight.append((request, (*inputs, *outputs)))
+    while _in_flight and _in_flight[0][0].is_finished():
+        _in_flight.popleft()
+    return request
 
 
-def take_name(function: str, name: str | None, process_set: ProcessSet) -> str:
-    """Reserves a name until its handle is synchronised; makes one up for None.
+def take_name(function: str, name: str | None, process_set: ProcessSet) -> None:
+    """Reserves a name, if there is one, until its handle is synchronised.
 
     Raises:
         ValueError: The name is in use.
     """
     if name is None:
-        process_set.calls_without_name += 1
-        name = f"{function}.noname.{process_set.calls_without_name}"
+        return
     if name in process_set.names_in_use:
         raise ValueError(
             f"{function}: name must not be in use by a call that was not synchronised, got {name!r}"
         )
     process_set.names_in_use.add(name)
-    return name
 
 
 def check_tensors(function: str, tensors: Sequence[torch.Tensor], *, in_place: bool) -> None:

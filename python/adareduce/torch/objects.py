@@ -10,7 +10,7 @@ import torch
 
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
 from adareduce.torch.broadcast import broadcast_, start_broadcast
-from adareduce.torch.handles import Handle, check_tensors, synchronize
+from adareduce.torch.handles import check_tensors, synchronize
 
 
 def broadcast_parameters(
@@ -22,7 +22,7 @@ def broadcast_parameters(
 
     Args:
         params: ``model.state_dict()`` or ``model.named_parameters()``: the same names, shapes and
-            dtypes in the same order on all ranks. Any strides, any dtype; one request per dtype.
+            dtypes in the same order on all ranks. Any strides, any dtype; one request.
         root_rank: Global rank whose values count.
         process_set: The ranks that take part.
 
@@ -42,21 +42,14 @@ def broadcast_parameters(
         tensors = [tensor for _, tensor in named]
         check_tensors("broadcast_parameters", tensors, in_place=False)
 
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
-    started: list[tuple[list[torch.Tensor], list[torch.Tensor], Handle]] = []
-    for targets in by_dtype.values():
-        dense = [target.contiguous() for target in targets]
-        handle = start_broadcast(
-            dense, root_rank, None, process_set, in_place=True, is_grouped=True
-        )
-        started.append((targets, dense, handle))
-    for targets, dense, handle in started:
-        synchronize(handle)
-        for target, values in zip(targets, dense, strict=True):
-            if values is not target and not target.is_contiguous():
-                target.copy_(values)
+    # Engine and tensors agree on contiguous memory; other layouts take a detour.
+    dense = [tensor.detach().contiguous() for tensor in tensors]
+    synchronize(
+        start_broadcast(dense, root_rank, None, process_set, in_place=True, is_grouped=True)
+    )
+    for target, values in zip(tensors, dense, strict=True):
+        if not target.is_contiguous():
+            target.detach().copy_(values)
 
 
 def broadcast_object(
