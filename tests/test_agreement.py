@@ -29,20 +29,21 @@ class Call:
     text: str
     collective: str = "allreduce"
     shapes: tuple[tuple[int, ...], ...] = ((5,),)
-    dtype: str = "float32"
+    dtype: str | tuple[str, ...] = "float32"
     name: str = "grad/fc.bias"
     options: dict[str, Any] = field(default_factory=dict)
 
     def submit(self, rank: ThreadRank) -> tuple[Pending, list[NDArray]]:
-        storage = STORAGE[self.dtype]
-        inputs = [np.ones(shape, storage) for shape in self.shapes]
-        outputs = [np.full(shape, UNTOUCHED, storage) for shape in self.shapes]
+        dtypes = [self.dtype] * len(self.shapes) if isinstance(self.dtype, str) else self.dtype
+        tensors = list(zip(self.shapes, dtypes, strict=True))
+        inputs = [np.ones(shape, STORAGE[dtype]) for shape, dtype in tensors]
+        outputs = [np.full(shape, UNTOUCHED, STORAGE[dtype]) for shape, dtype in tensors]
         pending = rank.submit(
             self.collective,
             inputs,
             outputs=outputs,
             name=self.name,
-            dtype=self.dtype,
+            dtype=dtypes,
             **self.options,
         )
         return pending, outputs
@@ -102,6 +103,21 @@ DISAGREEMENTS: dict[str, tuple[str, Call, str, Call, str]] = {
         "float32",
         Call("allreduce(name='grad/fc.bias', dtype=float64, op=Sum, shape=(5,))", dtype="float64"),
         "float64",
+    ),
+    "order of dtypes": (
+        "dtype",
+        replace(
+            TWO,
+            text=TWO.text.replace("=float32", "=(float32, float64)"),
+            dtype=("float32", "float64"),
+        ),
+        "(float32, float64)",
+        replace(
+            TWO,
+            text=TWO.text.replace("=float32", "=(float64, float32)"),
+            dtype=("float64", "float32"),
+        ),
+        "(float64, float32)",
     ),
     "op": (
         "op",
@@ -270,6 +286,27 @@ def test_calls_in_another_order_raise_once_each() -> None:
         assert "name (ranks 0 and 2: 'first'; rank 1: 'second')" in error_of(pending[0])
         assert "name (ranks 0 and 2: 'second'; rank 1: 'first')" in error_of(pending[1])
         assert all((output == UNTOUCHED).all() for output in outputs)
+        assert_all_is_well(rank)
+
+    run_ranks(3, body)
+
+
+def test_calls_without_a_name_are_numbered_alike_on_all_ranks() -> None:
+    # Names, rejections and barriers on some ranks must not put the numbers of the others out.
+    def body(rank: ThreadRank) -> None:
+        array = np.ones(5, np.float32)
+        if rank.rank == 1:
+            rank.reject("mistake")
+        else:
+            assert "'allreduce.noname.0'" in error_of(rank.submit("allreduce", [array], name=""))
+        rank.barrier()
+        rank.allreduce(array, name="mine")
+        assert (rank.allreduce(array, name="") == 3.0).all()
+        mine = np.ones(5 + rank.rank % 2, np.float32)
+        text = error_of(rank.submit("allreduce", [mine], name=""))
+        assert text.count("'allreduce.noname.3'") == 3  # of this call and of both sides
+        assert " name (" not in text
+        assert (rank.broadcast(array, 0, name="") == 1.0).all()
         assert_all_is_well(rank)
 
     run_ranks(3, body)
@@ -505,6 +542,46 @@ def test_process_sets_of_impossible_ranks_are_refused(ranks: list[int]) -> None:
     def body(rank: ThreadRank) -> None:
         with pytest.raises(ValueError, match="add_process_set: ranks must be increasing"):
             rank.engine.add_process_set(ranks)
+        assert_all_is_well(rank)
+
+    run_ranks(3, body)
+
+
+def test_ranks_that_want_different_process_sets_all_hear_of_it() -> None:
+    def body(rank: ThreadRank) -> None:
+        wanted = [0, 1] if rank.rank != 1 else [1, 2]
+        with pytest.raises(_core.DisagreementError) as caught:
+            rank.engine.add_process_set(wanted)
+        text = str(caught.value)
+        assert text.startswith(f"add_process_set(ranks=[{wanted[0]} and {wanted[1]}])")
+        assert "ranks (ranks 0 and 2: [0 and 1]; rank 1: [1 and 2])" in text
+        assert rank.engine.add_process_set([0, 2]) == 1  # the number has not been used up
+        if rank.rank == 1:
+            with pytest.raises(_core.DisagreementError) as caught:
+                rank.barrier()
+        else:
+            with pytest.raises(_core.DisagreementError) as caught:
+                rank.engine.add_process_set([0, 2])
+        assert "collective (ranks 0 and 2: add_process_set; rank 1: barrier)" in str(caught.value)
+        assert_all_is_well(rank)
+
+    run_ranks(3, body)
+
+
+def test_a_process_set_can_be_added_while_requests_wait() -> None:
+    def body(rank: ThreadRank) -> None:
+        pending = []
+        if rank.rank != 2:
+            pending.append(rank.submit("allreduce", [np.ones(5, np.float32)], name="early"))
+        pair = rank.engine.add_process_set([0, 1])
+        if rank.rank != 2:
+            mine = np.full(3, rank.rank + 1, np.float32)
+            assert (rank.allreduce(mine, process_set=pair) == 3.0).all()
+            assert not pending[0].is_finished()
+        rank.barrier()
+        if rank.rank == 2:
+            pending.append(rank.submit("allreduce", [np.ones(5, np.float32)], name="early"))
+        assert (pending[0].wait()[0] == 3.0).all()
         assert_all_is_well(rank)
 
     run_ranks(3, body)

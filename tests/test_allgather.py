@@ -68,6 +68,22 @@ def test_several_tensors_are_gathered_each_for_itself(size: int) -> None:
             assert reference.same_bits(result, total)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_tensors_of_all_types_are_gathered_together(size: int) -> None:
+    dtypes = [*DTYPES, *reversed(DTYPES)]
+
+    def mine(rank: int) -> list[NDArray]:
+        return [bytes_of(rank, ((rank + i) % 4, 3), dtype) for i, dtype in enumerate(dtypes)]
+
+    def body(rank: ThreadRank) -> list[NDArray]:
+        return rank.submit("allgather", mine(rank.rank), dtype=dtypes).gathered()
+
+    for results in run_ranks(size, body):
+        by_tensor = zip(*(mine(rank) for rank in range(size)), strict=True)
+        for result, parts in zip(results, by_tensor, strict=True):
+            assert reference.same_bits(result, np.concatenate(parts))
+
+
 def test_large_blocks_arrive_whole() -> None:
     numels = [300_000, 0, 500_001]
 

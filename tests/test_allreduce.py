@@ -107,6 +107,35 @@ def test_scale_factors_multiply_before_and_after(
 
 
 @pytest.mark.parametrize("op", ["sum", "average", "adasum"])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_tensors_of_different_types_are_reduced_with_the_others_of_their_type(
+    op: str, size: int, rng: np.random.Generator
+) -> None:
+    # Oracle: one call per type, bit for bit; those are compared with references elsewhere.
+    dtypes = ["float64", "float32", "float32", "float64", "float32", "float64"]
+    shapes = [(3,), (5, 8), (0,), (1000,), (17,), ()]
+    inputs = [
+        [
+            np.asarray(rng.standard_normal(shape), dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        for _ in range(size)
+    ]
+
+    def body(rank: ThreadRank) -> None:
+        mine = inputs[rank.rank]
+        scales = {"prescale": 0.3, "postscale": 3.0}
+        together = rank.grouped_allreduce(mine, op=op, **scales)
+        for dtype in FLOATS:
+            places = [i for i, name in enumerate(dtypes) if name == dtype]
+            alone = rank.grouped_allreduce([mine[i] for i in places], op=op, **scales)
+            for place, expected in zip(places, alone, strict=True):
+                assert reference.same_bits(together[place], expected, dtype)
+
+    run_ranks(size, body)
+
+
+@pytest.mark.parametrize("op", ["sum", "average", "adasum"])
 def test_a_call_without_tensors_returns(op: str) -> None:
     assert run_ranks(3, lambda rank: rank.grouped_allreduce([], op=op)) == [[]] * 3
 

@@ -51,6 +51,20 @@ def test_every_type_is_moved_bit_by_bit(dtype: str) -> None:
             assert reference.same_bits(result, bytes_of(1, shape, dtype))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_tensors_of_all_types_travel_together(size: int) -> None:
+    dtypes = [*DTYPES, *reversed(DTYPES)]
+    shapes = [(1 + 3 * i % 7, i % 4) for i in range(len(dtypes))]
+
+    def body(rank: ThreadRank) -> list[NDArray]:
+        mine = [bytes_of(rank.rank, *tensor) for tensor in zip(shapes, dtypes, strict=True)]
+        return rank.submit("broadcast", mine, root=size - 1, dtype=dtypes).wait()
+
+    for results in run_ranks(size, body):
+        for result, shape, dtype in zip(results, shapes, dtypes, strict=True):
+            assert reference.same_bits(result, bytes_of(size - 1, shape, dtype))
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("numel", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 12_345])
 def test_messages_longer_than_a_piece_arrive_whole(size: int, numel: int) -> None:

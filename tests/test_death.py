@@ -135,7 +135,9 @@ if hvd.rank() == 1:
         job.send_signal(2, signal.SIGKILL)
         result = job.wait(ENDS_WITHIN)
     # Right behind the call: MPI's own words, which count ranks of the set, may follow.
-    assert re.match(r"SAW allreduce\(name='x'.*shape=\(3,\)\): rank 2\b", result.out[1]), str(result)
+    assert re.match(r"SAW allreduce\(name='x'.*shape=\(3,\)\): rank 2\b", result.out[1]), str(
+        result
+    )
     assert_ended(result)
 
 

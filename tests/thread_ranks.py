@@ -64,10 +64,9 @@ class Pending:
 
     def gathered(self) -> list[NDArray]:
         self.wait()
-        dtype = self.inputs[0].dtype if self.inputs else np.dtype("uint8")
         return [
-            np.array(memory, copy=True).view(dtype).reshape(shape)
-            for memory, shape in self.handle.gathered()
+            np.array(memory, copy=True).view(array.dtype).reshape(shape)
+            for array, (memory, shape) in zip(self.inputs, self.handle.gathered(), strict=True)
         ]
 
 
@@ -86,7 +85,7 @@ class ThreadRank:
         *,
         outputs: Sequence[NDArray] | None = None,
         name: str = "x",
-        dtype: str | None = None,
+        dtype: str | Sequence[str] | None = None,
         op: str = "sum",
         root: int = 0,
         prescale: float = 1.0,
@@ -97,7 +96,8 @@ class ThreadRank:
         results = [np.zeros_like(array) for array in inputs] if outputs is None else list(outputs)
         assert all(array.flags.c_contiguous for array in [*inputs, *results])
         if dtype is None:
-            dtype = inputs[0].dtype.name if inputs else "float32"
+            dtype = [array.dtype.name for array in inputs]
+        dtypes = [dtype] * len(inputs) if isinstance(dtype, str) else dtype
         handle = self.engine.submit(
             process_set=process_set,
             collective=COLLECTIVES[collective],
@@ -107,8 +107,8 @@ class ThreadRank:
             prescale=prescale,
             postscale=postscale,
             tensors=[
-                (list(a.shape), DTYPES[dtype], a.ctypes.data, b.ctypes.data)
-                for a, b in zip(inputs, results, strict=True)
+                (list(a.shape), DTYPES[kind], a.ctypes.data, b.ctypes.data)
+                for a, b, kind in zip(inputs, results, dtypes, strict=True)
             ],
         )
         return Pending(self, handle, inputs, results)

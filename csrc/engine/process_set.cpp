@@ -433,9 +433,11 @@ void ProcessSet::watch(int index, Clock::time_point now) {
   }
   if (waited >= next_warning) {
     channel.reported = waited;
+    if (index == kBarriers && work.request.flags & kLeaving) return;  // the other channel says it
     log_.add(EventLog::Level::warning,
              concat(call, ": waiting for ", seconds_text(waited), ": ", missing.text,
-                    ". Gives up after ", seconds_text(settings_.fail_after), "."));
+                    may_fail ? concat(". Gives up after ", seconds_text(settings_.fail_after)) : "",
+                    "."));
   }
 }
 

@@ -122,11 +122,15 @@ def init(
             return
         _check_not_forked()
         settings = Settings.from_environment()
-        engine = _connect(comm, settings)
+        _set_hooks()
+        try:
+            engine = _connect(comm, settings)
+        except HorovodInternalError:
+            _process.is_broken = True
+            raise
         logs.set_up(engine.rank, engine.size, settings.log_level)
         _process.job = _Job(engine, logs.EventThread(engine), settings)
         _process.is_broken = False
-        _set_hooks()
         _adopt_process_set(global_process_set, list(range(engine.size)), 0)
         if process_sets is not None and process_sets != "dynamic":
             for process_set in process_sets:

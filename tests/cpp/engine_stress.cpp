@@ -214,17 +214,27 @@ Job submit_broadcast(Engine& engine, int process_set, int step, Rank root, Rank 
   request.name = concat("step ", step);
   request.root = root;
   for (const std::int64_t numel : numels) {
-    const auto in = job.memory.emplace_back(std::make_shared<Memory>(4 * numel));
-    const auto out = job.memory.emplace_back(std::make_shared<Memory>(4 * numel));
-    fill<std::int32_t>(*in, [&](std::int64_t i) { return element(step, rank, i); });
-    request.tensors.push_back({{numel}, DType::i32, in->data.get(), out->data.get()});
+    const bool is_wide = request.tensors.size() % 2 == 0;
+    const std::int64_t bytes = is_wide ? 4 * numel : numel;
+    const auto in = job.memory.emplace_back(std::make_shared<Memory>(bytes));
+    const auto out = job.memory.emplace_back(std::make_shared<Memory>(bytes));
+    const auto value = [&](std::int64_t i) { return 20 + element(step, rank, i); };
+    if (is_wide) {
+      fill<std::int32_t>(*in, value);
+    } else {
+      fill<std::uint8_t>(*in, value);
+    }
+    request.tensors.push_back(
+        {{numel}, is_wide ? DType::i32 : DType::u8, in->data.get(), out->data.get()});
   }
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [=](const Job& self) {
     self.handle->rethrow();
-    for (std::size_t t = 1; t < self.memory.size(); t += 2)
-      check_equal<std::int32_t>(*self.memory[t],
-                                [&](std::int64_t i) { return element(step, root, i); });
+    const auto value = [&](std::int64_t i) { return 20 + element(step, root, i); };
+    for (std::size_t t = 1; t < self.memory.size(); t += 4)
+      check_equal<std::int32_t>(*self.memory[t], value);
+    for (std::size_t t = 3; t < self.memory.size(); t += 4)
+      check_equal<std::uint8_t>(*self.memory[t], value);
   };
   return job;
 }
