@@ -308,7 +308,7 @@ Job submit_rejection(Engine& engine, int process_set, int step, Random& random, 
   Request request;
   request.collective = Collective::broadcast;
   const auto out = job.memory.emplace_back(std::make_shared<Memory>(9, kUntouched));
-  request.tensors.push_back({{9}, out->data.get(), out->data.get()});
+  request.tensors.push_back({{9}, DType::u8, out->data.get(), out->data.get()});
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [step](const Job& self) {
     check_contains(error_of<DisagreementError>(self.handle),

@@ -122,9 +122,11 @@ def main() -> None:
             copy.install()
             status, output = copy.test(tests_of(patch))
             copy.apply(patch, "--reverse")
-            verdict = "caught" if status == TESTS_FAILED else "SURVIVED"
+            # A test run that is ended by a signal has noticed as well.
+            is_caught = status == TESTS_FAILED or status < 0
+            verdict = "caught" if is_caught else "SURVIVED"
             print(f"{verdict:9} {patch.stem}  ({time.monotonic() - begin:.0f} s)", flush=True)
-            if status != TESTS_FAILED:
+            if not is_caught:
                 survivors.append(patch.stem)
                 print(output)
     if survivors:
