@@ -71,6 +71,26 @@ def test_survivors_of_a_killed_rank_raise_and_name_it(num_ranks: int) -> None:
     assert_ended(result)
 
 
+@pytest.mark.skipif(mpirun.flavour() != "MPICH", reason="MPICH's way of telling survivors")
+def test_the_signal_that_tells_survivors_of_a_death_kills_nobody() -> None:
+    program = """
+hvd.init()
+mark(f"ready.{hvd.rank()}")
+while not os.path.exists(os.path.join(os.environ["ADAREDUCE_TEST_FOLDER"], "signalled")):
+    time.sleep(0.01)
+hvd.allreduce(torch.ones(3))
+say("DONE")
+"""
+    with mpirun.Job(2, script(program)) as job:
+        for rank in (0, 1):
+            job.wait_for_file(f"ready.{rank}")
+            job.send_signal(rank, signal.SIGUSR1)
+        (job.folder / "signalled").touch()
+        result = job.wait(LIMIT)
+    assert result.out == ["DONE\n"] * 2, str(result)
+    assert result.returncode == 0, str(result)
+
+
 def test_survivors_who_compute_hear_of_a_death_at_their_next_call() -> None:
     program = f"""
 hvd.init()

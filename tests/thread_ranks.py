@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from adareduce import _core
 
-HANG_LIMIT = 60.0
+HANG_LIMIT = 40.0
 
 COLLECTIVES = {"allreduce": 0, "broadcast": 1, "allgather": 2, "barrier": 3}
 OPS = {"average": 0, "sum": 1, "adasum": 2}
@@ -41,7 +41,7 @@ DTYPES = {
 STORAGE = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in DTYPES}
 
 
-def settings(warn_after: float = 20.0, fail_after: float = 40.0) -> _core.Settings:
+def settings(warn_after: float = 10.0, fail_after: float = 20.0) -> _core.Settings:
     return _core.Settings(warn_after=warn_after, fail_after=fail_after)
 
 

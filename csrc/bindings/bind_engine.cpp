@@ -20,7 +20,8 @@ struct EngineHolder {
   std::unique_ptr<Engine> engine;
 
   Engine& get() {
-    if (engine == nullptr) throw UsageError("this engine belongs to the parent of this process");
+    if (engine == nullptr)
+      throw UsageError("this engine was stopped, or belongs to the parent of this process");
     return *engine;
   }
 };

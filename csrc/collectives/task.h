@@ -32,7 +32,9 @@ class Task {
   void leak() { handle_ = nullptr; }
 
   /// Runs until the end (true) or until an exchange is not complete (false). Never blocks.
-  /// Throws what the coroutine threw; the task is then at its end.
+  /// Throws what the coroutine threw, which is then at its end, or what an exchange threw. In that
+  /// case the coroutine stays where it is: messages of the same exchange may still arrive in its
+  /// memory, and whoever catches the error decides between destroying it and leak().
   bool progress();
 
   /// Counts the exchanges that have completed: a task whose count stands still is waiting.
@@ -49,7 +51,6 @@ struct Task::promise_type {
   struct Waiting {
     std::coroutine_handle<> innermost;
     Exchange* exchange = nullptr;
-    std::exception_ptr error;
     std::uint64_t completed = 0;
   };
 
@@ -57,18 +58,12 @@ struct Task::promise_type {
     std::unique_ptr<Exchange> exchange;
     Waiting* waiting;
 
-    bool await_ready() {
-      const bool is_done = exchange->test();
-      if (is_done) ++waiting->completed;
-      return is_done;
-    }
+    bool await_ready() { return false; }  // progress() looks at once
     void await_suspend(std::coroutine_handle<> self) {
       waiting->innermost = self;
       waiting->exchange = exchange.get();
     }
-    void await_resume() {
-      if (waiting->error) std::rethrow_exception(std::exchange(waiting->error, nullptr));
-    }
+    void await_resume() {}
   };
 
   struct TaskAwaiter {
@@ -120,11 +115,7 @@ inline bool Task::progress() {
   promise_type::Waiting& waiting = handle_.promise().own;
   while (!handle_.done()) {
     if (waiting.exchange != nullptr) {
-      try {
-        if (!waiting.exchange->test()) return false;
-      } catch (...) {
-        waiting.error = std::current_exception();
-      }
+      if (!waiting.exchange->test()) return false;
       waiting.exchange = nullptr;
       ++waiting.completed;
     }

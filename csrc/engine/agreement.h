@@ -13,7 +13,7 @@ struct Header {
   std::uint64_t sequence = 0;  ///< counts the requests of one channel
   Signature signature;
   std::uint32_t flags = kNormal;
-  std::uint32_t reserved = 0;
+  std::uint32_t padding = 0;  ///< no byte of the wire is uninitialised
 
   bool is_agreed() const { return flags == kNormal; }
 };

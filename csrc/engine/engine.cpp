@@ -18,6 +18,18 @@ constexpr Seconds kFirstSleep{20e-6};
 // Last words of a process may still be on their way when its end is noticed.
 constexpr Seconds kGraceAfterDeath{0.2};
 
+// An error that belongs to no request, such as MPI's end under our feet, ends the process set and
+// not the process.
+template <typename Step>
+bool guarded(ProcessSet& set, Step step) {
+  try {
+    return step();
+  } catch (const std::exception& error) {
+    set.break_down(concat(set.name(), ": ", error.what()));
+    return true;
+  }
+}
+
 std::vector<Rank> all_ranks(int size) {
   std::vector<Rank> ranks(static_cast<std::size_t>(size));
   std::iota(ranks.begin(), ranks.end(), 0);
@@ -46,6 +58,9 @@ Engine::~Engine() {
   wakeup_.wake();
   worker_.join();
   log_.close();
+  // Without a departure nobody may wait for the peers any more.
+  for (const auto& set : snapshot())
+    if (!set->is_over()) set->break_down("the engine was destroyed before shutdown()");
   if (!breakage().empty()) bootstrap_->abandon();
 }
 
@@ -67,14 +82,17 @@ int Engine::add_process_set(const std::vector<Rank>& ranks) {
   while (!agreement->wait_for(Seconds{1.0})) continue;  // the engine's own deadline ends this
   agreement->rethrow();
 
-  std::shared_ptr<ProcessSet> set;
-  if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end())
-    set =
+  {
+    // The id is taken even if connecting fails: the next one must be the same on all ranks.
+    const std::lock_guard lock(mutex_);
+    sets_.push_back(nullptr);
+  }
+  if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end()) {
+    auto set =
         std::make_shared<ProcessSet>(concat("process set ", id), ranks,
                                      transports_->connect(ranks, id), kCpuKernels, settings_, log_);
-  {
     const std::lock_guard lock(mutex_);
-    sets_.push_back(std::move(set));
+    sets_[static_cast<std::size_t>(id)] = std::move(set);
   }
   wakeup_.wake();
   return id;
@@ -146,9 +164,20 @@ void Engine::run() {
     const Clock::time_point now = Clock::now();
     bool has_moved = false, is_busy = false, is_moving_bytes = false;
     for (const auto& set : sets) {
-      has_moved |= set->progress(now);
+      has_moved |= guarded(*set, [&] { return set->progress(now); });
       is_busy |= set->is_busy();
       is_moving_bytes |= set->is_moving_bytes();
+    }
+    // Also in the middle of long transfers: peers that wait for another set want to know.
+    const bool is_time_to_serve = now - last_service >= settings_.idle_tick;
+    if (is_time_to_serve) {
+      last_service = now;
+      report_deaths(sets, now);
+      for (const auto& set : sets)
+        guarded(*set, [&] {
+          set->serve_peers(now);
+          return true;
+        });
     }
     if (has_moved) {
       last_move = now;
@@ -160,22 +189,18 @@ void Engine::run() {
       continue;
     }
     report_deaths(sets, now);
-    if (!is_busy || now - last_service >= settings_.idle_tick) {
-      last_service = now;
-      for (const auto& set : sets) set->serve_peers(now);
-    }
-    if (!is_busy) {
-      // The descriptor of a process that has ended stays readable: no sleep would last.
-      if (death_seen_ == Clock::time_point{})
-        wakeup_.sleep(settings_.idle_tick, liveness_.descriptors());
-      else
-        wakeup_.sleep(std::min(settings_.idle_tick, kGraceAfterDeath / 2), {});
-      last_move = Clock::now();
-      nap = kFirstSleep;
-    } else {
+    if (is_busy) {
       wakeup_.sleep(nap, {});
       nap = std::min(2 * nap, settings_.longest_sleep);
+      continue;
     }
+    // The descriptor of a process that has ended stays readable: no sleep would last.
+    if (death_seen_ == Clock::time_point{})
+      wakeup_.sleep(settings_.idle_tick, liveness_.descriptors());
+    else
+      wakeup_.sleep(std::min(settings_.idle_tick, kGraceAfterDeath / 2), {});
+    last_move = Clock::now();
+    nap = kFirstSleep;
   }
 }
 

@@ -39,7 +39,10 @@ Plan make_plan(const Request& request, Rank rank, int size) {
     const DType dtype = request.tensors[i].dtype;
     auto part = std::find_if(plan.parts.begin(), plan.parts.end(),
                              [&](const Plan::Part& p) { return p.dtype == dtype; });
-    if (part == plan.parts.end()) part = plan.parts.insert(part, Plan::Part{.dtype = dtype});
+    if (part == plan.parts.end()) {
+      part = plan.parts.emplace(part);
+      part->dtype = dtype;
+    }
     part->tensors.push_back(i);
   }
   for (Plan::Part& part : plan.parts) {

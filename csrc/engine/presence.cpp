@@ -45,11 +45,18 @@ void Presence::send(Rank peer, std::uint32_t kind, const Progress& progress,
   Message& message = outgoing->message;
   message.kind = kind;
   message.submitted = progress.submitted;
-  const std::size_t length = std::min(text.size(), message.text.size());
+  std::size_t length = std::min(text.size(), message.text.size());
+  // Half a character of UTF-8 would be no text for Python.
+  if (length < text.size())
+    while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0) == 0x80) --length;
   message.text_bytes = static_cast<std::uint32_t>(length);
   std::copy_n(text.begin(), length, message.text.begin());
   const std::array part{SendPart{peer, &message, sizeof message}};
-  outgoing->exchange = transport_.start(tag_, part, {});
+  try {
+    outgoing->exchange = transport_.start(tag_, part, {});
+  } catch (const TransportError&) {
+    return;  // this one is gone, the next must still be told
+  }
   outgoing_.push_back(std::move(outgoing));
 }
 

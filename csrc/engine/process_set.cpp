@@ -161,7 +161,7 @@ bool ProcessSet::progress_channel(int index, Clock::time_point now) {
     end_current(channel);
     return true;
   } catch (const std::exception& error) {
-    break_down(concat(describe(channel.current->request), ": ", error.what()));
+    break_down(concat(describe(channel.current->request), ": ", explain(error)));
     return true;
   }
   if (channel.task->completed_exchanges() != channel.seen_exchanges) {
@@ -204,8 +204,8 @@ void ProcessSet::end_current(Channel& channel) {
 void ProcessSet::prepare(Work& work) {
   if (work.request.flags != kNormal || channel_of(work.request.collective) == kBarriers) return;
   try {
-    work.plan = plans_.get(work.request);
     if (work.request.collective == Collective::allgather) return;
+    work.plan = plans_.get(work.request);
     data_.reserve(static_cast<std::size_t>(work.plan->fused_bytes));
     scratch_.reserve(static_cast<std::size_t>(work.plan->scratch_bytes));
     stats_.reserve(static_cast<std::size_t>(work.plan->stats_numel) * sizeof(double));
@@ -401,6 +401,14 @@ Task ProcessSet::perform_allgather(Work& work) {
   work.handle->finish(std::move(gathered));
 }
 
+// A transport counts the ranks of its group, people count those of the job.
+std::string ProcessSet::explain(const std::exception& error) const {
+  const auto* transport = dynamic_cast<const TransportError*>(&error);
+  const int peer = transport == nullptr ? -1 : transport->peer();
+  if (peer < 0 || peer >= size()) return error.what();
+  return concat("rank ", ranks_[static_cast<std::size_t>(peer)], " is lost (", error.what(), ")");
+}
+
 // ---- waits that become long
 // ----------------------------------------------------------------------
 
@@ -410,7 +418,12 @@ void ProcessSet::watch(int index, Clock::time_point now) {
   if (waited < first_question(settings_)) return;
   if (channel.asked_at < channel.waiting_since || now - channel.asked_at >= kAskEvery) {
     channel.asked_at = now;
-    presence_.ask();
+    try {
+      presence_.ask();
+    } catch (const std::exception& error) {
+      break_down(concat(describe(channel.current->request), ": ", explain(error)));
+      return;
+    }
   }
   serve_peers(now);
   if (!channel.task) return;  // a peer's failure has ended it
@@ -443,8 +456,12 @@ void ProcessSet::watch(int index, Clock::time_point now) {
 
 void ProcessSet::serve_peers(Clock::time_point now) {
   if (size() == 1 || is_over()) return;
-  const std::optional<std::string> failure = presence_.serve(my_progress(), now);
-  if (failure) break_down(*failure, false);
+  try {
+    const std::optional<std::string> failure = presence_.serve(my_progress(), now);
+    if (failure) break_down(*failure, false);
+  } catch (const std::exception& error) {  // ULFM reports a death to whoever looks for messages
+    break_down(explain(error));
+  }
 }
 
 void ProcessSet::break_down(const std::string& text, bool tell_peers) {
@@ -462,11 +479,7 @@ void ProcessSet::break_down(const std::string& text, bool tell_peers) {
       channel.is_closed = true;
     }
   }
-  try {
-    if (tell_peers) presence_.announce_failure(text);
-  } catch (const TransportError&) {
-    // the peers will find out by their own deadline
-  }
+  if (tell_peers) presence_.announce_failure(text);
   // What is under way may still be written to: neither it nor its memory can be given back.
   const bool may_write_late = transports_.data->may_write_late();
   for (Channel& channel : channels_) {

@@ -95,6 +95,7 @@ class ProcessSet {
   Task perform_allgather(Work& work);
   void settle(Channel& channel, const std::vector<Record>& records);
   void close(Channel& channel, const std::string& why);
+  std::string explain(const std::exception& error) const;
   void watch(int index, Clock::time_point now);
   void end_current(Channel& channel);
   Presence::Progress my_progress();

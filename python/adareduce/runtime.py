@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import operator
 import os
+import signal
 import sys
 import threading
 import time
@@ -76,7 +77,6 @@ class _Job:
 
     engine: _core.Engine
     log: logs.EventThread
-    settings: Settings
     process_sets: list[ProcessSet] = field(default_factory=list)
 
 
@@ -128,8 +128,10 @@ def init(
         except HorovodInternalError:
             _process.is_broken = True
             raise
+        if comm is None and engine.size == 1:
+            _check_not_scattered()
         logs.set_up(engine.rank, engine.size, settings.log_level)
-        _process.job = _Job(engine, logs.EventThread(engine), settings)
+        _process.job = _Job(engine, logs.EventThread(engine))
         _process.is_broken = False
         _adopt_process_set(global_process_set, list(range(engine.size)), 0)
         if process_sets is not None and process_sets != "dynamic":
@@ -162,7 +164,32 @@ def _connect(comm: Sequence[int] | Any | None, settings: Settings) -> _core.Engi
             raise ValueError(
                 f"init: comm must contain the calling rank {mpi.COMM_WORLD.Get_rank()}, got {ranks}"
             )
+    if mpi.Get_library_version().startswith("MPICH"):
+        _outlive_peers()
     return _core.Engine.over_mpi(_mpi.plugin(), mpi._handleof(communicator), ranks, core_settings)
+
+
+def _outlive_peers() -> None:
+    # MPICH's mpirun -disable-auto-cleanup tells survivors of a death by SIGUSR1, whose default is
+    # to die as well. The engine notices deaths by itself.
+    with contextlib.suppress(ValueError):  # not the main thread
+        if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            signal.signal(signal.SIGUSR1, lambda signum, frame: None)
+
+
+def _check_not_scattered() -> None:
+    # Launchers that are no mpirun leave each process alone where MPI does not speak their language.
+    for sign, variable in (
+        ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"),
+        ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        size = os.environ.get(variable, "")
+        if sign in os.environ and size.isdecimal() and int(size) > 1:
+            raise RuntimeError(
+                f"init: a launcher started {size} processes ({variable}={size}), but each became a"
+                " job of one; start them with the mpirun of the MPI that python -m adareduce.info"
+                " names"
+            )
 
 
 def _check_ranks(argument: str, ranks: Sequence[int], size: int) -> list[int]:
@@ -292,6 +319,41 @@ def is_homogeneous() -> bool:
     return current_job().engine.is_homogeneous
 
 
+def nccl_built() -> int:
+    """NCCL's version code, 0 in builds without: this one."""
+    return 0
+
+
+def cuda_built() -> bool:
+    """Whether this build has CUDA kernels: not yet."""
+    return False
+
+
+def rocm_built() -> bool:
+    """Whether this build has ROCm kernels: no."""
+    return False
+
+
+def gloo_built() -> bool:
+    """Whether this build has Gloo: no."""
+    return False
+
+
+def gloo_enabled() -> bool:
+    """Whether the running job uses Gloo: no."""
+    return False
+
+
+def ddl_built() -> bool:
+    """Whether this build has IBM's DDL: no."""
+    return False
+
+
+def ccl_built() -> bool:
+    """Whether this build has oneCCL: no."""
+    return False
+
+
 def mpi_built() -> bool:
     """Whether this build has MPI."""
     return mpi_library.expected() is not None
@@ -330,8 +392,7 @@ def _set_hooks() -> None:
 def _at_exit() -> None:
     if _process.forked_from is not None:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush_streams()
     job = _process.job
     if job is not None:
         error = _process.error
@@ -352,20 +413,30 @@ def _at_exit() -> None:
     # The lost rank cannot take part in Finalize, so the job is aborted. The other survivors are
     # given time to say what they saw, and one rank aborts before the others try: several at once
     # make Open MPI's launcher hang.
-    sys.stderr.flush()
+    _flush_streams()
+    if os.environ.get("OMPI_MCA_mpi_ft_enable") == "1":  # noqa: SIM112
+        # mpirun --with-ft ulfm spares survivors, and returns 0 where the last of them aborts.
+        os._exit(1)
     turn = min(mpi.COMM_WORLD.Get_rank(), _MOST_TURNS)
     time.sleep(_LAST_WORDS_SECONDS + turn * _TURN_SECONDS)
     mpi.COMM_WORLD.Abort(1)
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads any more
+            stream.flush()
 
 
 def _forget_after_fork() -> None:
     # Neither the worker thread nor MPI exist here. The objects must not be destroyed either: their
     # destructors would wait for that thread.
     job = _process.job
+    if job is not None or _process.mpi is not None:
+        _process.forked_from = os.getppid()
     if job is not None:
         job.engine.forget()
         _process.job = None
-        _process.forked_from = os.getppid()
         global_process_set.process_set_id = None
 
 
@@ -382,16 +453,19 @@ def _check_not_forked() -> None:
 def rejected_on_all_ranks(process_set: ProcessSet, *, is_barrier: bool = False) -> Iterator[None]:
     """Around the checks and the submission of one call: a mistake raises on the other ranks too.
 
-    A call that raises ValueError or TypeError here takes its place in the sequence of calls, so
-    that the others, who may have made a correct one, do not wait for it.
+    A call that raises here takes its place in the sequence of calls, so that the others, who may
+    have made a correct one, do not wait for it.
     """
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except HorovodInternalError:  # the others know
+        raise
+    except Exception as error:
         job = _process.job
-        if job is not None and process_set.process_set_id is not None:
+        process_set_id = getattr(process_set, "process_set_id", None)
+        if job is not None and process_set_id is not None:
             job.engine.reject(
-                process_set=process_set.process_set_id,
+                process_set=process_set_id,
                 is_barrier=is_barrier,
                 reason=f"{type(error).__name__}: {error}",
             )

@@ -1,6 +1,6 @@
 """What training scripts import: ``import adareduce.torch as hvd``.
 
-The names and signatures are those of Horovod's PyTorch API. Importing this initialises no MPI.
+Names and signatures follow Horovod's PyTorch API. Importing this initialises no MPI.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from adareduce.runtime import (
     HorovodInternalError,
     ProcessSet,
     add_process_set,
+    ccl_built,
     cross_rank,
     cross_size,
+    cuda_built,
+    ddl_built,
     global_process_set,
+    gloo_built,
+    gloo_enabled,
     is_homogeneous,
     is_initialized,
     local_rank,
@@ -24,7 +29,9 @@ from adareduce.runtime import (
     mpi_built,
     mpi_enabled,
     mpi_threads_supported,
+    nccl_built,
     rank,
+    rocm_built,
     shutdown,
     size,
 )
@@ -86,9 +93,14 @@ __all__ = [
     "broadcast_async_",
     "broadcast_object",
     "broadcast_parameters",
+    "ccl_built",
     "cross_rank",
     "cross_size",
+    "cuda_built",
+    "ddl_built",
     "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
     "grouped_allgather",
     "grouped_allgather_async",
     "grouped_allreduce",
@@ -103,8 +115,10 @@ __all__ = [
     "mpi_built",
     "mpi_enabled",
     "mpi_threads_supported",
+    "nccl_built",
     "poll",
     "rank",
+    "rocm_built",
     "shutdown",
     "size",
     "synchronize",

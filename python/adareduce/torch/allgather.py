@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from adareduce import _core
-from adareduce.ops import Collective, ReduceOp
+from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
-from adareduce.torch.allreduce import allreduce
+from adareduce.torch.allreduce import sum_gradients
 from adareduce.torch.handles import Handle, check_tensors, submit, synchronize, take_name
 
 
@@ -46,7 +46,10 @@ def allgather(
 
     The gradient is the sum of all ranks' gradients for this rank's rows.
     """
-    result: torch.Tensor = _Allgather.apply(tensor, name, process_set)  # type: ignore[no-untyped-call]
+    result: torch.Tensor
+    (result,) = _Allgather.apply(  # type: ignore[no-untyped-call]
+        name, process_set, "allgather", tensor
+    )
     return result
 
 
@@ -64,27 +67,36 @@ def grouped_allgather(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> list[torch.Tensor]:
-    """As ``grouped_allgather_async``, but waits."""
-    result: list[torch.Tensor] = synchronize(grouped_allgather_async(tensors, name, process_set))
-    return result
+    """As ``grouped_allgather_async``, but waits, and can be differentiated like ``allgather``."""
+    return list(
+        _Allgather.apply(  # type: ignore[no-untyped-call]
+            name, process_set, "grouped_allgather", *tensors
+        )
+    )
 
 
 class _Allgather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tensor: torch.Tensor, name: str | None, process_set: ProcessSet
-    ) -> torch.Tensor:
-        result: torch.Tensor = synchronize(allgather_async(tensor, name, process_set))
+        ctx: Any, name: str | None, process_set: ProcessSet, function: str, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        handle = _start(function, list(tensors), name, process_set)
+        results = synchronize(handle)
         ctx.process_set = process_set
-        ctx.num_rows = tensor.shape[0]
-        return result
+        ctx.num_rows = [tensor.shape[0] for tensor in tensors]
+        return tuple(results) if function == "grouped_allgather" else (results,)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        total = allreduce(gradients[0], op=ReduceOp.Sum, process_set=ctx.process_set)
-        num_rows = allgather(torch.tensor([ctx.num_rows]), process_set=ctx.process_set)
-        first = int(num_rows[: ctx.process_set.rank()].sum())
-        return total.narrow(0, first, ctx.num_rows), None, None
+        totals = sum_gradients(gradients, ctx.process_set)
+        mine = torch.tensor([ctx.num_rows], dtype=torch.int64, device="cpu")
+        of_ranks = allgather(mine, process_set=ctx.process_set)
+        firsts = of_ranks[: ctx.process_set.rank()].sum(dim=0).tolist()
+        parts = [
+            total.narrow(0, first, rows)
+            for total, first, rows in zip(totals, firsts, ctx.num_rows, strict=True)
+        ]
+        return (None, None, None, *parts)
 
 
 def _start(
@@ -118,11 +130,11 @@ def _start(
         ]
         return results if function == "grouped_allgather" else results[0]
 
-    return Handle(request, finish, name, process_set)
+    return Handle(request, finish, name, process_set.names_in_use)
 
 
 def _to_tensor(memory: _core.Memory, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
     # The tensor keeps the memory alive; frombuffer refuses memory of no bytes.
     if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(memory, dtype=dtype).view(shape)

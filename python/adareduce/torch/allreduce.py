@@ -106,7 +106,7 @@ def grouped_allreduce(
     The gradient of Average and Sum is the same reduction of the gradients; Adasum has none, and
     ``backward`` raises.
     """
-    compressed, contexts = _compress(list(tensors), compression, process_set)
+    compressed, contexts = _compress(tensors, compression, process_set)
     results = _Allreduce.apply(  # type: ignore[no-untyped-call]
         average, name, op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
         *compressed,
@@ -219,15 +219,22 @@ class _Allreduce(torch.autograd.Function):
         return (None,) * 7 + tuple(reduced)
 
 
+def sum_gradients(gradients: Sequence[torch.Tensor], process_set: ProcessSet) -> list[torch.Tensor]:
+    """Sum over the ranks of what arrives in a backward pass; half types are added in float32."""
+    wide = [g if g.dtype in ARITHMETIC_DTYPES else g.float() for g in gradients]
+    sums = grouped_allreduce(wide, op=ReduceOp.Sum, process_set=process_set)
+    return [total.to(g.dtype) for total, g in zip(sums, gradients, strict=True)]
+
+
 def _compress(
-    tensors: list[torch.Tensor], compression: type[Compressor], process_set: ProcessSet
+    tensors: Sequence[torch.Tensor], compression: type[Compressor], process_set: ProcessSet
 ) -> tuple[list[torch.Tensor], list[Any]]:
     with rejected_on_all_ranks(process_set):
         if not hasattr(compression, "compress"):
             raise TypeError(
                 f"allreduce: compression must be one of hvd.Compression, got {compression!r}"
             )
-    pairs = [compression.compress(tensor) for tensor in tensors]
+        pairs = [compression.compress(tensor) for tensor in tensors]
     return [tensor for tensor, _ in pairs], [context for _, context in pairs]
 
 
@@ -293,4 +300,4 @@ def _start(
             mark_written(final_outputs)
         return final_outputs if function == "grouped_allreduce" else final_outputs[0]
 
-    return Handle(request, finish, name, process_set)
+    return Handle(request, finish, name, process_set.names_in_use)

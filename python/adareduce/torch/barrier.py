@@ -15,4 +15,4 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
     """
     with rejected_on_all_ranks(process_set, is_barrier=True):
         request = submit(Collective.barrier, [], [], name=None, process_set=process_set)
-    Handle(request, lambda _: None, None, process_set).synchronize()
+    Handle(request, lambda _: None, None, set()).synchronize()

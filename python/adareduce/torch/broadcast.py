@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from adareduce import _core
-from adareduce.ops import Collective, ReduceOp
+from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
-from adareduce.torch.allreduce import allreduce
+from adareduce.torch.allreduce import sum_gradients
 from adareduce.torch.handles import (
     Handle,
     check_tensors,
@@ -94,7 +94,7 @@ class _Broadcast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        total = allreduce(gradients[0], op=ReduceOp.Sum, process_set=ctx.process_set)
+        (total,) = sum_gradients(gradients, ctx.process_set)
         return (total if rank() == ctx.root_rank else torch.zeros_like(total)), None, None, None
 
 
@@ -137,4 +137,4 @@ def start_broadcast(
             mark_written(outputs)
         return outputs if is_grouped else outputs[0]
 
-    return Handle(request, finish, name, process_set)
+    return Handle(request, finish, name, process_set.names_in_use)

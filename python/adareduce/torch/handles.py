@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +26,9 @@ _DTYPE_CODES = {
     torch.float64: 8,
     torch.bool: 9,
 }
-# Tensors that the engine may read or write, oldest request first.
-_in_flight: deque[tuple[_core.Handle, tuple[torch.Tensor | None, ...]]] = deque()
+# Tensors that the engine may read or write.
+_in_flight: list[tuple[_core.Handle, tuple[torch.Tensor | None, ...]]] = []
+_in_flight_lock = threading.Lock()
 
 ARITHMETIC_DTYPES = (torch.float32, torch.float64)
 
@@ -41,12 +41,12 @@ class Handle:
         request: _core.Handle,
         finish: Callable[[_core.Handle], Any],
         name: str | None,
-        process_set: ProcessSet,
+        names_in_use: set[str],
     ) -> None:
         self._request: _core.Handle | None = request
         self._finish = finish
         self._name = name
-        self._process_set = process_set
+        self._names_in_use = names_in_use
         self._lock = threading.Lock()  # any number of threads may wait
         self._result: Any = None
         self._error: BaseException | None = None
@@ -70,13 +70,14 @@ class Handle:
                     self._error = error
                 self._request = None
                 self._release_name()
+                _forget_finished()
         if self._error is not None:
             raise self._error
         return self._result
 
     def _release_name(self) -> None:
         if self._name is not None:
-            self._process_set.names_in_use.discard(self._name)
+            self._names_in_use.discard(self._name)
             self._name = None
 
     def __del__(self) -> None:
@@ -126,11 +127,15 @@ def submit(
             for i, o in zip(inputs, outputs, strict=True)
         ],
     )
-    # Requests end about in their order, so that looking at the oldest is enough.
-    _in_flight.append((request, (*inputs, *outputs)))
-    while _in_flight and _in_flight[0][0].is_finished():
-        _in_flight.popleft()
+    with _in_flight_lock:
+        _in_flight.append((request, (*inputs, *outputs)))
+    _forget_finished()
     return request
+
+
+def _forget_finished() -> None:
+    with _in_flight_lock:
+        _in_flight[:] = [entry for entry in _in_flight if not entry[0].is_finished()]
 
 
 def take_name(function: str, name: str | None, process_set: ProcessSet) -> None:

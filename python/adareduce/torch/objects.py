@@ -71,7 +71,7 @@ def broadcast_object(
         HorovodInternalError: The ranks disagree, one is lost, or the root could not pickle.
     """
     name = name or "broadcast_object"
-    payload = torch.empty(0, dtype=torch.uint8)
+    payload = torch.empty(0, dtype=torch.uint8, device="cpu")
     if rank() == root_rank:
         with rejected_on_all_ranks(process_set):
             try:
@@ -82,9 +82,9 @@ def broadcast_object(
                     f" {type(obj).__name__}: {error}"
                 ) from error
         payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    length = torch.tensor([payload.numel()], dtype=torch.int64)
+    length = torch.tensor([payload.numel()], dtype=torch.int64, device="cpu")
     broadcast_(length, root_rank, f"{name}.length", process_set)
     if rank() != root_rank:
-        payload = torch.empty(int(length), dtype=torch.uint8)
+        payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
     broadcast_(payload, root_rank, f"{name}.content", process_set)
     return pickle.loads(payload.numpy().tobytes()) if rank() != root_rank else obj
