@@ -230,8 +230,10 @@ def launcher_command(num_ranks: int, survive: bool = False) -> list[str]:
         command += ["--oversubscribe", "--bind-to", "none"]
         command += ["--allow-run-as-root"] if os.geteuid() == 0 else []
         command += ["--with-ft", "ulfm"] if survive else []
-    else:
-        command += ["-disable-auto-cleanup"] if survive else []
+    elif survive:
+        # Hydra kills the other ranks of a dead one's proxy even without its cleanup: a proxy each.
+        hosts = ",".join(f"rank{rank}" for rank in range(num_ranks))
+        command += ["-launcher", "fork", "-hosts", hosts, "-ppn", "1", "-disable-auto-cleanup"]
     return command
 
 

@@ -60,7 +60,7 @@ std::uint64_t ThreadWorld::expect(const Address& address) {
 ThreadWorld::ParcelHandle ThreadWorld::take(Box& box, std::uint64_t ticket) {
   if (ticket < box.first || ticket - box.first >= box.parcels.size()) return nullptr;
   ParcelHandle& place = box.parcels[ticket - box.first];
-  if (place->is_withdrawn) return nullptr;
+  if (place == nullptr || place->is_withdrawn) return nullptr;
   const ParcelHandle parcel = std::move(place);
   while (!box.parcels.empty() && box.parcels.front() == nullptr) {
     box.parcels.pop_front();

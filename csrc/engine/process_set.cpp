@@ -150,18 +150,24 @@ bool ProcessSet::progress(Clock::time_point now) {
 bool ProcessSet::progress_channel(int index, Clock::time_point now) {
   Channel& channel = channels_[static_cast<std::size_t>(index)];
   if (!channel.task && !start_next(channel, now)) return false;
+  std::exception_ptr verdict;
   try {
     if (channel.task->progress()) {
       end_current(channel);
       return true;
     }
   } catch (const DisagreementError&) {
-    // Every rank has the same verdict and has written nothing: the next request is sound.
-    channel.current->handle->fail(std::current_exception());
-    end_current(channel);
-    return true;
+    verdict = std::current_exception();
   } catch (const std::exception& error) {
     break_down(concat(describe(channel.current->request), ": ", explain(error)));
+    return true;
+  }
+  if (verdict) {
+    // Every rank has the same verdict and has written nothing: the next request is sound.
+    // The caller gets the only reference, so that no two threads share an exception.
+    const std::shared_ptr<Handle> handle = channel.current->handle;
+    end_current(channel);
+    handle->fail(std::move(verdict));
     return true;
   }
   if (channel.task->completed_exchanges() != channel.seen_exchanges) {

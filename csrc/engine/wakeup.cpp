@@ -33,7 +33,8 @@ void Wakeup::sleep(Seconds timeout, std::span<const int> descriptors) {
   ppoll(watched.data(), watched.size(), &limit, nullptr);
   std::uint64_t count = 0;
   (void)!read(event_, &count, sizeof count);
-  is_pending_.store(false, std::memory_order_release);
+  // An exchange, not a store: what a wake() that found it set has written is visible from here.
+  is_pending_.exchange(false, std::memory_order_acq_rel);
 }
 
 }  // namespace adareduce
