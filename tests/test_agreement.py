@@ -370,7 +370,7 @@ def test_a_buffer_that_no_memory_holds_raises_and_harms_nothing() -> None:
             root=0,
             prescale=1.0,
             postscale=1.0,
-            tensors=[((2**55,), 7, address, address)],
+            tensors=[((2**55,), 7, address, address, (), 0)],
         )
         rank.wait_for(handle)
         with pytest.raises(_core.DisagreementError) as caught:

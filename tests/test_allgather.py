@@ -99,7 +99,7 @@ def test_the_results_outlive_their_engine() -> None:
     def body(rank: ThreadRank) -> tuple[object, list[int]]:
         pending = rank.submit("allgather", [np.full(4, rank.rank, np.int64)])
         pending.wait()
-        [(memory, shape)] = pending.handle.gathered()
+        [(memory, shape, _)] = pending.handle.gathered()
         return memory, shape
 
     for memory, shape in run_ranks(2, body):

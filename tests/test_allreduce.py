@@ -153,7 +153,7 @@ def test_empty_tensors_need_no_memory(op: str) -> None:
             root=0,
             prescale=0.5,
             postscale=0.5,
-            tensors=[((0,), 7, 0, 0), ((3, 0), 7, 0, 0)],
+            tensors=[((0,), 7, 0, 0, (), 0), ((3, 0), 7, 0, 0, (), 0)],
         )
         rank.wait_for(handle)
         handle.rethrow()
@@ -192,14 +192,14 @@ def test_nothing_is_written_beside_the_tensors() -> None:
     run_ranks(3, body)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int64", "float16", "bfloat16", "bool"])
-def test_types_without_arithmetic_are_refused_at_the_call(dtype: str) -> None:
-    storage = "uint16" if dtype == "bfloat16" else dtype
-
+@pytest.mark.parametrize(
+    ("op", "dtype"), [("adasum", "int32"), ("adasum", "bool"), ("sum", "bool"), ("average", "bool")]
+)
+def test_types_without_the_operation_are_refused_at_the_call(op: str, dtype: str) -> None:
     def body(rank: ThreadRank) -> NDArray:
-        message = f"allreduce: dtype must be float32 or float64, got {dtype}"
+        message = f"allreduce: dtype must be one that {op.title()} is defined for, got {dtype}"
         with pytest.raises(ValueError, match=message):
-            rank.allreduce(np.ones(3, storage), dtype=dtype)
+            rank.allreduce(np.ones(3, dtype), op=op)
         return rank.allreduce(np.ones(3, np.float32))
 
     for result in run_ranks(2, body):
@@ -209,9 +209,9 @@ def test_types_without_arithmetic_are_refused_at_the_call(dtype: str) -> None:
 @pytest.mark.parametrize(
     "codes",
     [
-        {"collective": 5},
+        {"collective": 7},
         {"collective": 200},
-        {"op": 3},
+        {"op": 6},
         {"dtype": 10},
         {"collective": 1, "dtype": 10},
         {"collective": 2, "dtype": 200},
@@ -231,7 +231,7 @@ def test_unknown_codes_are_refused_and_take_no_turn(codes: dict[str, int]) -> No
                     root=0,
                     prescale=1.0,
                     postscale=1.0,
-                    tensors=[((3,), dtype, array.ctypes.data, array.ctypes.data)],
+                    tensors=[((3,), dtype, array.ctypes.data, array.ctypes.data, (), 0)],
                     **request,
                 )
         return rank.allreduce(array)

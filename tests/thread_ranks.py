@@ -23,8 +23,15 @@ from adareduce import _core
 
 HANG_LIMIT = 40.0
 
-COLLECTIVES = {"allreduce": 0, "broadcast": 1, "allgather": 2, "barrier": 3}
-OPS = {"average": 0, "sum": 1, "adasum": 2}
+COLLECTIVES = {
+    "allreduce": 0,
+    "broadcast": 1,
+    "allgather": 2,
+    "barrier": 3,
+    "reducescatter": 5,
+    "alltoall": 6,
+}
+OPS = {"average": 0, "sum": 1, "adasum": 2, "min": 3, "max": 4, "product": 5}
 DTYPES = {
     "uint8": 0,
     "int8": 1,
@@ -66,7 +73,7 @@ class Pending:
         self.wait()
         return [
             np.array(memory, copy=True).view(array.dtype).reshape(shape)
-            for array, (memory, shape) in zip(self.inputs, self.handle.gathered(), strict=True)
+            for array, (memory, shape, _) in zip(self.inputs, self.handle.gathered(), strict=True)
         ]
 
 
@@ -91,6 +98,8 @@ class ThreadRank:
         prescale: float = 1.0,
         postscale: float = 1.0,
         process_set: int = 0,
+        splits: Sequence[int] = (),
+        groups: Sequence[int] | None = None,
     ) -> Pending:
         inputs = list(arrays)
         results = [np.zeros_like(array) for array in inputs] if outputs is None else list(outputs)
@@ -107,9 +116,13 @@ class ThreadRank:
             prescale=prescale,
             postscale=postscale,
             tensors=[
-                (list(a.shape), DTYPES[kind], a.ctypes.data, b.ctypes.data)
-                for a, b, kind in zip(inputs, results, dtypes, strict=True)
+                (list(a.shape), DTYPES[kind], a.ctypes.data, b.ctypes.data, (), group)
+                for a, b, kind, group in zip(
+                    inputs, results, dtypes, groups or [0] * len(inputs), strict=True
+                )
             ],
+            splits=splits,
+            has_statistics=groups is not None,
         )
         return Pending(self, handle, inputs, results)
 

@@ -24,7 +24,8 @@ constexpr std::array<DTypeFacts, kNumDTypes> kDTypes{{
     {8, "float64"},
     {1, "bool"},
 }};
-constexpr std::array<std::string_view, kNumReduceOps> kReduceOps{"Average", "Sum", "Adasum"};
+constexpr std::array<std::string_view, kNumReduceOps> kReduceOps{"Average", "Sum", "Adasum",
+                                                                 "Min",     "Max", "Product"};
 
 template <typename Table, typename Code>
 const auto& look_up(const Table& table, Code code, const char* what) {

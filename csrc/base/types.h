@@ -29,8 +29,15 @@ std::int64_t size_of(DType dtype);
 std::string_view name_of(DType dtype);
 
 /// Reductions. The codes cross the Python border and the wire: append, never renumber.
-enum class ReduceOp : std::uint8_t { average = 0, sum = 1, adasum = 2 };
-inline constexpr int kNumReduceOps = 3;
+enum class ReduceOp : std::uint8_t {
+  average = 0,
+  sum = 1,
+  adasum = 2,
+  min = 3,
+  max = 4,
+  product = 5,
+};
+inline constexpr int kNumReduceOps = 6;
 
 std::string_view name_of(ReduceOp op);
 

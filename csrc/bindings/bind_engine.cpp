@@ -2,6 +2,7 @@
 
 #include "base/errors.h"
 #include "bindings/bindings.h"
+#include "bindings/counting_kernels.h"
 #include "bootstrap/mpi_bootstrap.h"
 #include "bootstrap/thread_bootstrap.h"
 #include "engine/engine.h"
@@ -33,11 +34,13 @@ struct EventLevelNames {
   }
 };
 
-// Shape, dtype code, address of the input, address of the output or 0.
-using TensorTuple = std::tuple<std::vector<std::int64_t>, int, std::uintptr_t, std::uintptr_t>;
+// Shape, dtype code, address of the input, address of the output or 0, strides or nothing, group.
+using TensorTuple = std::tuple<std::vector<std::int64_t>, int, std::uintptr_t, std::uintptr_t,
+                               std::vector<std::int64_t>, std::int32_t>;
 
 Request make_request(int collective, std::string name, int op, Rank root, double prescale,
-                     double postscale, const std::vector<TensorTuple>& tensors) {
+                     double postscale, const std::vector<TensorTuple>& tensors,
+                     std::vector<std::int64_t> splits, bool has_statistics) {
   Request request;
   request.collective = static_cast<Collective>(collective);
   request.name = std::move(name);
@@ -45,18 +48,21 @@ Request make_request(int collective, std::string name, int op, Rank root, double
   request.root = root;
   request.prescale = prescale;
   request.postscale = postscale;
-  for (const auto& [shape, dtype, input, output] : tensors)
+  request.splits = std::move(splits);
+  request.has_statistics = has_statistics;
+  for (const auto& [shape, dtype, input, output, strides, group] : tensors)
     request.tensors.push_back({shape, static_cast<DType>(dtype),
                                reinterpret_cast<const void*>(input),
-                               reinterpret_cast<void*>(output)});
+                               reinterpret_cast<void*>(output), strides, group});
   return request;
 }
 
 EngineHolder over_threads(const std::shared_ptr<ThreadWorld>& world, Rank rank,
-                          const Settings& settings) {
+                          const Settings& settings, bool counts_work) {
   auto bootstrap = std::make_shared<ThreadBootstrap>(world, rank);
   auto transports = std::make_shared<ThreadTransportProvider>(*bootstrap);
-  return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
+  return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings,
+                                   counts_work ? counting_kernels() : cpu_kernels())};
 }
 
 EngineHolder over_mpi(const py::capsule& plugin, std::uint64_t handle,
@@ -81,11 +87,18 @@ void bind_handle(py::module_& module) {
           [](const Handle& handle, double seconds) { return handle.wait_for(Seconds{seconds}); },
           py::arg("seconds"), NoGil())
       .def("rethrow", &Handle::rethrow)
-      .def("gathered", [](const Handle& handle) {
-        std::vector<std::pair<std::shared_ptr<Buffer>, std::vector<std::int64_t>>> results;
-        for (const GatheredTensor& tensor : handle.gathered())
-          results.emplace_back(tensor.memory, tensor.shape);
-        return results;
+      .def("gathered",
+           [](const Handle& handle) {
+             std::vector<std::tuple<std::shared_ptr<Buffer>, std::vector<std::int64_t>,
+                                    std::vector<std::int64_t>>>
+                 results;
+             for (const GatheredTensor& tensor : handle.result().gathered)
+               results.emplace_back(tensor.memory, tensor.shape, tensor.rows_from);
+             return results;
+           })
+      .def("statistics", [](const Handle& handle) {
+        const ReductionStatistics& statistics = handle.result().statistics;
+        return std::tuple(statistics.groups, statistics.orthogonality, statistics.nonfinite);
       });
 }
 
@@ -101,25 +114,31 @@ void bind_engine(py::module_& module) {
            }),
            py::kw_only(), py::arg("warn_after"), py::arg("fail_after"));
   py::class_<ThreadWorld, std::shared_ptr<ThreadWorld>>(module, "ThreadWorld")
-      .def(py::init<int>(), py::arg("size"));
+      .def(py::init<int>(), py::arg("size"))
+      .def("traffic", [](ThreadWorld& world) {
+        const ThreadWorld::Traffic traffic = world.traffic();
+        return std::pair(traffic.messages, traffic.bytes);
+      });
   bind_handle(module);
 
   py::class_<EngineHolder>(module, "Engine")
       .def_static("over_threads", &over_threads, py::arg("world"), py::arg("rank"),
-                  py::arg("settings"), NoGil())
+                  py::arg("settings"), py::arg("counts_work") = false, NoGil())
       .def_static("over_mpi", &over_mpi, py::arg("plugin"), py::arg("handle"), py::arg("ranks"),
                   py::arg("settings"))
       .def(
           "submit",
           [](EngineHolder& self, int process_set, int collective, std::string name, int op,
-             Rank root, double prescale, double postscale,
-             const std::vector<TensorTuple>& tensors) {
-            return self.get().submit(process_set, make_request(collective, std::move(name), op,
-                                                               root, prescale, postscale, tensors));
+             Rank root, double prescale, double postscale, const std::vector<TensorTuple>& tensors,
+             std::vector<std::int64_t> splits, bool has_statistics) {
+            return self.get().submit(
+                process_set, make_request(collective, std::move(name), op, root, prescale,
+                                          postscale, tensors, std::move(splits), has_statistics));
           },
           py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
           py::arg("op"), py::arg("root"), py::arg("prescale"), py::arg("postscale"),
-          py::arg("tensors"))
+          py::arg("tensors"), py::arg("splits") = std::vector<std::int64_t>(),
+          py::arg("has_statistics") = false)
       .def(
           "reject",
           [](EngineHolder& self, int process_set, bool is_barrier, const std::string& reason) {

@@ -4,6 +4,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "Engine, collectives and CPU kernels of adareduce. Links neither MPI nor CUDA.";
   adareduce::bind_errors(module);
   adareduce::bind_engine(module);
+  adareduce::bind_local(module);
   auto testing = module.def_submodule("testing", "Schedules as values and kernel entries.");
   adareduce::bind_testing(testing);
 }

@@ -37,9 +37,15 @@ ThreadWorld::ParcelHandle ThreadWorld::post(const Address& address, const void* 
     const std::lock_guard lock(mutex_);
     boxes_[address].parcels.push_back(parcel);
     ++posts_;
+    posted_bytes_ += bytes;
   }
   posted_.notify_all();
   return parcel;
+}
+
+ThreadWorld::Traffic ThreadWorld::traffic() {
+  const std::lock_guard lock(mutex_);
+  return {posts_, posted_bytes_};
 }
 
 bool ThreadWorld::is_taken(const ParcelHandle& parcel) {

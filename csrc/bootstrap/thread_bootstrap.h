@@ -48,6 +48,13 @@ class ThreadWorld {
   Rank try_take_any(std::uint64_t group, int tag, Rank to, std::span<std::byte> buffer,
                     std::int64_t& bytes);
 
+  /// Messages and bytes that were posted so far.
+  struct Traffic {
+    std::uint64_t messages = 0;
+    std::int64_t bytes = 0;
+  };
+  Traffic traffic();
+
   /// Blocks until something was posted since `seen`, or `until`. Returns the new count of posts.
   std::uint64_t wait_for_post(std::uint64_t seen, std::chrono::steady_clock::time_point until);
 
@@ -63,6 +70,7 @@ class ThreadWorld {
   std::mutex mutex_;
   std::condition_variable posted_;
   std::uint64_t posts_ = 0;
+  std::int64_t posted_bytes_ = 0;
   std::map<Address, Box> boxes_;
 };
 

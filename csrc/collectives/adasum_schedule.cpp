@@ -37,10 +37,13 @@ std::vector<AdasumLevel> make_adasum_schedule(const AdasumTree& tree, Rank rank,
     level.is_lower = in_lower != lower.end();
     const std::ptrdiff_t position =
         level.is_lower ? in_lower - lower.begin() : in_upper - upper.begin();
+    level.is_fold = node.kind == AdasumTree::Kind::fold;
+    level.lower_is_leaf = node.lower < tree.size;
+    level.upper_is_leaf = node.upper < tree.size;
+    level.is_speaker = position == 0;
     level.peer = (level.is_lower ? upper : lower)[static_cast<std::size_t>(position)];
 
-    const Halves halves =
-        node.kind == AdasumTree::Kind::fold ? Halves{owned, {owned.end, owned.end}} : halve(owned);
+    const Halves halves = level.is_fold ? Halves{owned, {owned.end, owned.end}} : halve(owned);
     level.keep = level.is_lower ? halves.first : halves.second;
     level.give = level.is_lower ? halves.second : halves.first;
     if (std::find(node.owners.begin(), node.owners.end(), rank) != node.owners.end()) {

@@ -18,6 +18,11 @@ struct AdasumLevel {
   /// A power of two of them; only this rank where the pair lies whole on it; none where it sits
   /// out.
   std::vector<Rank> group;
+  bool is_fold = false;
+  bool lower_is_leaf = true;  ///< the left operand is one rank's own vector
+  bool upper_is_leaf = true;
+  /// This rank is the first owner of its operand, and speaks for it where one voice is enough.
+  bool is_speaker = true;
 };
 
 /// The levels that `rank` walks forward to reduce `numel` elements, and backward to gather them.

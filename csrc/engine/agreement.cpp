@@ -119,7 +119,7 @@ Record make_record(const Request& request) {
 Task exchange_records(Transport& transport, int tag, Record mine, std::vector<Record>& records) {
   const auto size = static_cast<std::size_t>(transport.size());
   const auto self = static_cast<std::size_t>(transport.rank());
-  const Context context{transport, kCpuKernels};
+  const Context context{transport, cpu_kernels()};
   const std::string text = to_bytes(mine);
 
   std::vector<std::int64_t> bytes_of(size, 0);

@@ -39,8 +39,9 @@ std::vector<Rank> all_ranks(int size) {
 }  // namespace
 
 Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportProvider> transports,
-               Settings settings)
+               Settings settings, const KernelTable& kernels)
     : settings_(settings),
+      kernels_(kernels),
       bootstrap_(std::move(bootstrap)),
       transports_(std::move(transports)),
       layout_(discover_layout(*bootstrap_, describe_this_process(), settings_.fail_after)),
@@ -48,7 +49,7 @@ Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportPr
                                                 : Liveness(layout_.processes, layout_.rank)) {
   const std::vector<Rank> ranks = all_ranks(layout_.size);
   sets_.push_back(std::make_shared<ProcessSet>("the global process set", ranks,
-                                               transports_->connect(ranks, kGlobalSet), kCpuKernels,
+                                               transports_->connect(ranks, kGlobalSet), kernels_,
                                                settings_, log_));
   worker_ = std::thread([this] { run(); });
 }
@@ -90,7 +91,7 @@ int Engine::add_process_set(const std::vector<Rank>& ranks) {
   if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end()) {
     auto set =
         std::make_shared<ProcessSet>(concat("process set ", id), ranks,
-                                     transports_->connect(ranks, id), kCpuKernels, settings_, log_);
+                                     transports_->connect(ranks, id), kernels_, settings_, log_);
     const std::lock_guard lock(mutex_);
     sets_[static_cast<std::size_t>(id)] = std::move(set);
   }

@@ -19,7 +19,7 @@ class Engine {
 
   /// Connects the set of all ranks. Collective over the bootstrap; blocks, at most `fail_after`.
   Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportProvider> transports,
-         Settings settings);
+         Settings settings, const KernelTable& kernels = cpu_kernels());
   /// Stops the worker. Not collective: call leave() first where peers should know.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -56,6 +56,7 @@ class Engine {
   void report_deaths(const Sets& sets, Clock::time_point now);
 
   const Settings settings_;
+  const KernelTable& kernels_;
   const std::shared_ptr<Bootstrap> bootstrap_;
   const std::shared_ptr<TransportProvider> transports_;
   const Layout layout_;

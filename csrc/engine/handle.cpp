@@ -21,10 +21,10 @@ void Handle::rethrow() const {
   if (error) std::rethrow_exception(error);
 }
 
-void Handle::finish(std::vector<GatheredTensor> gathered) {
+void Handle::finish(Result result) {
   {
     const std::lock_guard lock(mutex_);
-    gathered_ = std::move(gathered);
+    result_ = std::move(result);
     is_finished_ = true;
   }
   finished_.notify_all();

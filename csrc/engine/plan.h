@@ -10,19 +10,31 @@
 namespace adareduce {
 
 /// Everything about a request that does not depend on its data: a pure function of the rank, the
-/// number of ranks and the request's shapes, dtype and op. Built once, then looked up.
+/// number of ranks and the request's shapes, dtypes, groups and op. Built once, then looked up.
 struct Plan {
+  /// Some consecutive elements of a tensor.
+  struct Piece {
+    std::size_t tensor = 0;  ///< index into the request
+    std::int64_t begin = 0;  ///< its first element
+  };
+
   /// The tensors of one dtype and their fused buffer.
   struct Part {
     DType dtype = DType::f32;
     std::vector<std::size_t> tensors;     ///< indices into the request, increasing
-    std::vector<TensorSegment> segments;  ///< parallel to `tensors`
+    std::vector<Piece> pieces;            ///< of these tensors, in the order of the buffer
+    std::vector<TensorSegment> segments;  ///< parallel to `pieces`
+    Range own_pieces;                     ///< those that this rank's outputs are made of
     std::int64_t numel = 0;               ///< of the fused buffer, padding included
     std::int64_t offset = 0;              ///< of the fused buffer among those of all parts, bytes
-    AllreducePlan allreduce;
+    AllreducePlan reduction;
 
-    SegmentTable table() const {
-      return {segments.data(), nullptr, static_cast<std::int64_t>(segments.size())};
+    SegmentTable table() const { return table_of({0, static_cast<std::int64_t>(pieces.size())}); }
+    SegmentTable own_table() const { return table_of(own_pieces); }
+
+   private:
+    SegmentTable table_of(Range range) const {
+      return {segments.data() + range.begin, nullptr, range.size()};
     }
   };
   std::vector<Part> parts;  ///< by first appearance of their dtypes

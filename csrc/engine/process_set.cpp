@@ -2,10 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "base/errors.h"
-#include "collectives/allgather.h"
 
 namespace adareduce {
 namespace {
@@ -200,21 +198,17 @@ void ProcessSet::end_current(Channel& channel) {
   channel.task.reset();
   channel.current.reset();
   if (&channel != &channels_[kRequests]) return;  // a barrier must not touch a request's buffers
-  if (static_cast<std::int64_t>(data_.bytes() + scratch_.bytes()) > settings_.keep_buffer_bytes) {
-    data_ = Buffer();
-    scratch_ = Buffer();
-  }
+  if (workspace_.bytes() > settings_.keep_buffer_bytes) workspace_ = Workspace();
 }
 
 // What can fail on one rank alone happens here, before the others are kept waiting for it.
 void ProcessSet::prepare(Work& work) {
   if (work.request.flags != kNormal || channel_of(work.request.collective) == kBarriers) return;
   try {
-    if (work.request.collective == Collective::allgather) return;
-    work.plan = plans_.get(work.request);
-    data_.reserve(static_cast<std::size_t>(work.plan->fused_bytes));
-    scratch_.reserve(static_cast<std::size_t>(work.plan->scratch_bytes));
-    stats_.reserve(static_cast<std::size_t>(work.plan->stats_numel) * sizeof(double));
+    // What an allgather needs depends on the other ranks' rows.
+    work.plan = work.request.collective == Collective::allgather ? std::make_shared<const Plan>()
+                                                                 : plans_.get(work.request);
+    workspace_.reserve(*work.plan);
   } catch (const std::bad_alloc&) {
     work.header.flags |= kFailed;
     work.request.flags |= kFailed;
@@ -233,7 +227,10 @@ Task ProcessSet::run(Channel& channel) {
     co_return;
   }
   channel.is_agreed = true;
-  co_await perform(work);
+  Result result;
+  if (work.plan)  // else the agreement was all
+    co_await execute({*transports_.data, kernels_}, work.request, *work.plan, workspace_, result);
+  work.handle->finish(std::move(result));
 }
 
 // The ranks do not all want the same. Throws for a rank whose caller waits for a result.
@@ -271,140 +268,6 @@ void ProcessSet::close(Channel& channel, const std::string& why) {
       work.handle->fail(failure_of(work.request, why));
     }
   }
-}
-
-Task ProcessSet::perform(Work& work) {
-  switch (work.request.collective) {
-    case Collective::allreduce:
-      return perform_allreduce(work);
-    case Collective::broadcast:
-      return perform_broadcast(work);
-    case Collective::allgather:
-      return perform_allgather(work);
-    case Collective::barrier:
-    case Collective::add_process_set:
-      break;
-  }
-  return [](Work& agreed) -> Task {  // the agreement was all
-    agreed.handle->finish();
-    co_return;
-  }(work);
-}
-
-void ProcessSet::pack(const Work& work, double scale) {
-  for (const Plan::Part& part : work.plan->parts) {
-    std::vector<const void*> inputs;
-    for (const std::size_t i : part.tensors) inputs.push_back(work.request.tensors[i].input);
-    const SegmentTable table = part.table();
-    kernels_.pack({.tensors = inputs.data(),
-                   .fused = at(data_.data(), part.offset, 1),
-                   .numel = part.numel,
-                   .dtype = part.dtype,
-                   .segments = &table,
-                   .scale = scale},
-                  {});
-  }
-}
-
-void ProcessSet::unpack(const Work& work, double scale) {
-  for (const Plan::Part& part : work.plan->parts) {
-    std::vector<void*> outputs;
-    for (const std::size_t i : part.tensors) outputs.push_back(work.request.tensors[i].output);
-    const SegmentTable table = part.table();
-    kernels_.unpack({.fused = at(data_.data(), part.offset, 1),
-                     .tensors = outputs.data(),
-                     .dtype = part.dtype,
-                     .segments = &table,
-                     .scale = scale},
-                    {});
-  }
-}
-
-Task ProcessSet::perform_allreduce(Work& work) {
-  const Context context{*transports_.data, kernels_};
-  pack(work, work.request.prescale);
-  for (const Plan::Part& part : work.plan->parts) {
-    const FusedBuffer fused{at(data_.data(), part.offset, 1), scratch_.data(), part.numel,
-                            part.dtype, part.table()};
-    co_await allreduce(context, part.allreduce, fused,
-                       {static_cast<double*>(stats_.data()),
-                        static_cast<std::size_t>(part.allreduce.stats_numel)});
-  }
-  unpack(work, work.request.postscale);  // only now: all tensors are written, or none
-  work.handle->finish();
-}
-
-Task ProcessSet::perform_broadcast(Work& work) {
-  const Context context{*transports_.data, kernels_};
-  if (rank() == work.request.root) pack(work, 1.0);
-  co_await broadcast(context, work.plan->broadcast, data_.data(), work.plan->fused_bytes);
-  unpack(work, 1.0);
-  work.handle->finish();
-}
-
-Task ProcessSet::perform_allgather(Work& work) {
-  const Request& request = work.request;
-  const Context context{*transports_.data, kernels_};
-  const std::size_t num_tensors = request.tensors.size();
-  const auto num_ranks = static_cast<std::size_t>(size());
-  const auto self = static_cast<std::size_t>(rank());
-
-  // How many rows every rank brings to each tensor.
-  std::vector<std::int64_t> rows(num_ranks * num_tensors);
-  std::vector<std::int64_t> row_bytes;
-  for (std::size_t t = 0; t < num_tensors; ++t) {
-    std::vector<std::int64_t> row_shape = request.tensors[t].shape;
-    rows[self * num_tensors + t] = row_shape.front();
-    row_shape.front() = 1;
-    row_bytes.push_back(TensorArg{row_shape}.numel() * size_of(request.tensors[t].dtype));
-  }
-  co_await allgather_numbers(context, kDataTag, rows, static_cast<std::int64_t>(num_tensors));
-
-  const auto bytes_from = [&](std::size_t from, std::size_t t) {
-    return rows[from * num_tensors + t] * row_bytes[t];
-  };
-  std::vector<std::int64_t> bytes_of(num_ranks, 0);
-  std::vector<std::int64_t> begin_of{0};
-  for (std::size_t from = 0; from < num_ranks; ++from) {
-    for (std::size_t t = 0; t < num_tensors; ++t) bytes_of[from] += bytes_from(from, t);
-    begin_of.push_back(begin_of.back() + bytes_of[from]);
-  }
-
-  const auto all = std::make_shared<Buffer>(static_cast<std::size_t>(begin_of.back()));
-  const auto copy = [](void* to, const void* from, std::int64_t bytes) {
-    if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
-  };
-  std::int64_t place = begin_of[self];
-  for (std::size_t t = 0; t < num_tensors; ++t) {
-    copy(at(all->data(), place, 1), request.tensors[t].input, bytes_from(self, t));
-    place += bytes_from(self, t);
-  }
-  co_await allgather(context, kDataTag, all->data(), bytes_of);
-
-  // Blocks came by rank, results are wanted by tensor; for one tensor these are the same.
-  std::vector<GatheredTensor> gathered;
-  for (std::size_t t = 0; t < num_tensors; ++t) {
-    std::vector<std::int64_t> shape = request.tensors[t].shape;
-    shape.front() = 0;
-    std::int64_t bytes = 0;
-    for (std::size_t from = 0; from < num_ranks; ++from) {
-      shape.front() += rows[from * num_tensors + t];
-      bytes += bytes_from(from, t);
-    }
-    if (num_tensors == 1) {
-      gathered.push_back({all, shape});
-      break;
-    }
-    auto memory = std::make_shared<Buffer>(static_cast<std::size_t>(bytes));
-    std::int64_t filled = 0;
-    for (std::size_t from = 0; from < num_ranks; ++from) {
-      copy(at(memory->data(), filled, 1), at(all->data(), begin_of[from], 1), bytes_from(from, t));
-      filled += bytes_from(from, t);
-      begin_of[from] += bytes_from(from, t);
-    }
-    gathered.push_back({std::move(memory), shape});
-  }
-  work.handle->finish(std::move(gathered));
 }
 
 // A transport counts the ranks of its group, people count those of the job.
@@ -492,11 +355,7 @@ void ProcessSet::break_down(const std::string& text, bool tell_peers) {
     if (channel.task && may_write_late) channel.task->leak();
     channel.task.reset();
   }
-  if (may_write_late) {
-    data_.leak();
-    scratch_.leak();
-    stats_.leak();
-  }
+  if (may_write_late) workspace_.leak();
   transports_.control->abandon();
   transports_.data->abandon();
   for (const Work& work : orphans)

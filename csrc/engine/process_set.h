@@ -10,6 +10,7 @@
 #include "collectives/task.h"
 #include "engine/agreement.h"
 #include "engine/event_log.h"
+#include "engine/execution.h"
 #include "engine/handle.h"
 #include "engine/plan.h"
 #include "engine/presence.h"
@@ -87,12 +88,6 @@ class ProcessSet {
   bool start_next(Channel& channel, Clock::time_point now);
   void prepare(Work& work);
   Task run(Channel& channel);
-  Task perform(Work& work);
-  void pack(const Work& work, double scale);
-  void unpack(const Work& work, double scale);
-  Task perform_allreduce(Work& work);
-  Task perform_broadcast(Work& work);
-  Task perform_allgather(Work& work);
   void settle(Channel& channel, const std::vector<Record>& records);
   void close(Channel& channel, const std::string& why);
   std::string explain(const std::exception& error) const;
@@ -110,9 +105,7 @@ class ProcessSet {
   Presence presence_;
   std::array<Channel, kNumChannels> channels_;
 
-  Buffer data_;
-  Buffer scratch_;
-  Buffer stats_;
+  Workspace workspace_;
 
   std::mutex mutex_;
   std::optional<std::string> problem_;  // guarded by mutex_

@@ -1,5 +1,6 @@
 #include "engine/request.h"
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 
@@ -12,12 +13,27 @@ namespace {
 constexpr std::size_t kShapesInOneLine = 4;
 
 constexpr std::array<std::string_view, kNumCollectives> kNames{
-    "allreduce", "broadcast", "allgather", "barrier", "add_process_set"};
+    "allreduce",       "broadcast",     "allgather", "barrier",
+    "add_process_set", "reducescatter", "alltoall"};
 
 bool has_tensors(const Request& request) {
   return request.collective != Collective::barrier &&
          request.collective != Collective::add_process_set;
 }
+
+bool is_reduction(const Request& request) {
+  return request.collective == Collective::allreduce ||
+         request.collective == Collective::reducescatter;
+}
+
+// Ranks bring rows of their own number, or the result is made of rows.
+bool works_on_rows(const Request& request) {
+  return request.collective == Collective::allgather ||
+         request.collective == Collective::reducescatter ||
+         request.collective == Collective::alltoall;
+}
+
+bool is_float(DType dtype) { return has_arithmetic(ReduceOp::adasum, dtype); }
 
 // "float32", or in the order of the tensors "float32 x 2, float64".
 std::string dtype_text(const std::vector<TensorArg>& tensors) {
@@ -34,10 +50,12 @@ std::string dtype_text(const std::vector<TensorArg>& tensors) {
   return tensors.empty() ? "none" : is_uniform ? text : "(" + text + ")";
 }
 
-// Ranks may bring different numbers of rows to an allgather.
+// Ranks may bring different numbers of rows to an allgather or alltoall.
 std::vector<std::int64_t> agreed_shape(const Request& request, const TensorArg& tensor) {
   std::vector<std::int64_t> shape = tensor.shape;
-  if (request.collective == Collective::allgather && !shape.empty()) shape.front() = -1;
+  const bool is_free =
+      request.collective == Collective::allgather || request.collective == Collective::alltoall;
+  if (is_free && !shape.empty()) shape.front() = -1;
   return shape;
 }
 
@@ -54,6 +72,18 @@ std::string_view name_of(Collective collective) {
   const auto code = static_cast<std::size_t>(collective);
   if (code >= kNames.size()) throw UsageError(concat("collective code ", code, " is unknown"));
   return kNames[code];
+}
+
+std::int64_t Request::num_groups() const {
+  std::int64_t groups = 0;
+  if (has_statistics && op != ReduceOp::adasum)
+    for (const TensorArg& tensor : tensors)
+      groups = std::max<std::int64_t>(groups, tensor.group + 1);
+  return groups;
+}
+
+std::int64_t rows_of(std::int64_t rows, Rank rank, int size) {
+  return rows / size + (rank < rows % size ? 1 : 0);
 }
 
 std::int64_t TensorArg::numel() const {
@@ -78,16 +108,43 @@ void check(const Request& request, int num_ranks) {
   for (std::size_t i = 0; i < request.tensors.size(); ++i) {
     const TensorArg& tensor = request.tensors[i];
     const std::string_view dtype = name_of(tensor.dtype);
-    if ((request.collective == Collective::allreduce || has_scale) && !has_arithmetic(tensor.dtype))
-      refuse("dtype must be float32 or float64, got ", dtype);
+    if (is_reduction(request) && !has_arithmetic(request.op, tensor.dtype))
+      refuse("dtype must be one that ", name_of(request.op), " is defined for, got ", dtype);
+    if (has_scale && !can_scale(tensor.dtype))
+      refuse("prescale_factor and postscale_factor must be 1 for ", dtype);
+    if (request.has_statistics && !is_float(tensor.dtype))
+      refuse("dtype must be a float type where statistics are wanted, got ", dtype);
+    if (tensor.group < 0 || static_cast<std::size_t>(tensor.group) >= request.tensors.size())
+      refuse("the group of tensor ", i, " must be in [0, ", request.tensors.size(), "), got ",
+             tensor.group);
     for (const std::int64_t extent : tensor.shape)
       if (extent < 0) refuse("tensor ", i, " must have a shape, got ", shape_text(tensor.shape));
-    if (request.collective == Collective::allgather && tensor.shape.empty())
+    if (works_on_rows(request) && tensor.shape.empty())
       refuse("tensor ", i, " must have at least one dimension, got a scalar");
+    // The engine allocates what ranks with other numbers of rows contribute to.
     const bool has_memory =
-        tensor.input != nullptr &&
-        (tensor.output != nullptr || request.collective == Collective::allgather);
+        tensor.input != nullptr && (tensor.output != nullptr || works_on_rows(request));
     if (tensor.numel() > 0 && !has_memory) refuse("tensor ", i, " has elements but no memory");
+  }
+  if (request.collective == Collective::reducescatter && request.op == ReduceOp::adasum)
+    refuse("op must not be Adasum, which is not computed element by element");
+  if (request.has_statistics && (request.collective != Collective::allreduce ||
+                                 (request.op != ReduceOp::average && request.op != ReduceOp::sum &&
+                                  request.op != ReduceOp::adasum)))
+    refuse("op must be Average, Sum or Adasum where statistics are wanted, got ",
+           name_of(request.op));
+  if (request.collective == Collective::alltoall) {
+    if (request.tensors.size() != 1) refuse("one tensor is needed, got ", request.tensors.size());
+    std::int64_t rows = 0;
+    for (const std::int64_t split : request.splits) {
+      if (split < 0) refuse("splits must not be negative, got ", split);
+      rows += split;
+    }
+    if (request.splits.size() != static_cast<std::size_t>(num_ranks) ||
+        rows != request.tensors.front().shape.front())
+      refuse("splits must have one entry for each of ", num_ranks, " ranks and add up to ",
+             request.tensors.front().shape.front(), " rows, got [", join_words(request.splits),
+             "]");
   }
 }
 
@@ -97,8 +154,11 @@ Signature signature_of(const Request& request) {
   for (const Rank rank : request.members) hasher.add(static_cast<std::uint64_t>(rank));
   if (!has_tensors(request)) return hasher.finish();
   hasher.add(request.name).add(static_cast<std::uint64_t>(request.device.kind));
-  if (request.collective == Collective::allreduce)
-    hasher.add(static_cast<std::uint64_t>(request.op)).add(request.prescale).add(request.postscale);
+  if (is_reduction(request))
+    hasher.add(static_cast<std::uint64_t>(request.op))
+        .add(request.prescale)
+        .add(request.postscale)
+        .add(static_cast<std::uint64_t>(request.has_statistics));
   if (request.collective == Collective::broadcast)
     hasher.add(static_cast<std::uint64_t>(request.root));
   hasher.add(static_cast<std::uint64_t>(request.tensors.size()));
@@ -107,6 +167,9 @@ Signature signature_of(const Request& request) {
     hasher.add(static_cast<std::uint64_t>(tensor.dtype))
         .add(static_cast<std::uint64_t>(shape.size()));
     for (const std::int64_t extent : shape) hasher.add(static_cast<std::uint64_t>(extent));
+    hasher.add(static_cast<std::uint64_t>(tensor.strides.size()));
+    for (const std::int64_t stride : tensor.strides) hasher.add(static_cast<std::uint64_t>(stride));
+    if (request.has_statistics) hasher.add(static_cast<std::uint64_t>(tensor.group));
   }
   return hasher.finish();
 }
@@ -130,17 +193,26 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
   add("name", "'" + request.name + "'");
   add("dtype", dtype_text(request.tensors));
   add("device", request.device.kind == DeviceKind::cpu ? "cpu" : "cuda");
-  if (request.collective == Collective::allreduce) {
+  if (is_reduction(request)) {
     add("op", std::string(name_of(request.op)));
     add("prescale_factor", number_text(request.prescale));
     add("postscale_factor", number_text(request.postscale));
+    if (request.has_statistics) {
+      add("statistics", "wanted");
+      std::vector<std::int64_t> groups;
+      for (const TensorArg& tensor : request.tensors) groups.push_back(tensor.group);
+      add("groups", concat("[", join_words(groups), "]"));
+    }
   }
   if (request.collective == Collective::broadcast) add("root_rank", concat(request.root));
   const std::size_t count = request.tensors.size();
-  if (count != 1) add("number of tensors", concat(count));
-  for (std::size_t i = 0; i < count; ++i)
-    add(count == 1 ? "shape" : concat("shape of tensor ", i),
-        shape_text(agreed_shape(request, request.tensors[i])));
+  add("number of tensors", concat(count));
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::string of_tensor = count == 1 ? "" : concat(" of tensor ", i);
+    add("shape" + of_tensor, shape_text(agreed_shape(request, request.tensors[i])));
+    const std::vector<std::int64_t>& strides = request.tensors[i].strides;
+    add("strides" + of_tensor, strides.empty() ? "contiguous" : shape_text(strides));
+  }
   return fields;
 }
 
@@ -152,7 +224,7 @@ std::string describe(const Request& request) {
   if (!has_tensors(request)) return text + ")";
   text += concat("name='", request.name, "', dtype=", dtype_text(request.tensors));
   if (request.device.kind != DeviceKind::cpu) text += ", device=cuda";
-  if (request.collective == Collective::allreduce) {
+  if (is_reduction(request)) {
     text += concat(", op=", name_of(request.op));
     if (request.prescale != 1.0)
       text += concat(", prescale_factor=", number_text(request.prescale));

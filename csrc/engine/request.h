@@ -16,8 +16,10 @@ enum class Collective : std::uint8_t {
   allgather = 2,
   barrier = 3,
   add_process_set = 4,  ///< only the agreement on it
+  reducescatter = 5,
+  alltoall = 6,
 };
-inline constexpr int kNumCollectives = 5;
+inline constexpr int kNumCollectives = 7;
 
 std::string_view name_of(Collective collective);
 
@@ -27,6 +29,9 @@ struct TensorArg {
   DType dtype = DType::u8;
   const void* input = nullptr;
   void* output = nullptr;  ///< may be `input`; null where the result's size is not known before
+  /// Of a tensor that fills its memory without gaps in another order of dimensions; else empty.
+  std::vector<std::int64_t> strides{};
+  std::int32_t group = 0;  ///< of its statistics
 
   std::int64_t numel() const;
 };
@@ -50,8 +55,13 @@ struct Request {
   Rank root = 0;  ///< of the process set
   double prescale = 1.0;
   double postscale = 1.0;
-  std::vector<TensorArg> tensors;  ///< their dtypes may differ
-  std::vector<Rank> members;       ///< of add_process_set
+  std::vector<TensorArg> tensors;    ///< their dtypes may differ
+  std::vector<Rank> members;         ///< of add_process_set
+  std::vector<std::int64_t> splits;  ///< of alltoall: rows for each rank; may differ between ranks
+  bool has_statistics = false;       ///< of an all-reduce: they are wanted
+
+  /// One more than the largest group; 0 without statistics.
+  std::int64_t num_groups() const;
 
   std::uint32_t flags = kNormal;
   std::string reason;      ///< why it is flagged, for people
@@ -71,6 +81,9 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
 
 /// One line for people: allreduce(name='x', dtype=float32, op=Sum, shape=(5, 8)).
 std::string describe(const Request& request);
+
+/// How many of `rows` belong to `rank`: equal parts, the first ranks get one more.
+std::int64_t rows_of(std::int64_t rows, Rank rank, int size);
 
 /// "(5, 8)", as Python writes it.
 std::string shape_text(const std::vector<std::int64_t>& shape);

@@ -1,55 +1,33 @@
-// Numerics: sums run in the element type, in the order of the inputs. Scaling multiplies in double
-// and rounds once; an average divides the rounded sum in double and rounds once more.
+// Segments and blocks of the element-wise kernels; arithmetic and numerics stand in
+// cpu_runs_body.h.
+#include <algorithm>
 #include <cstring>
 
 #include "kernels/cpu_kernels.h"
-#include "kernels/dispatch.h"
 
 namespace adareduce::cpu {
 namespace {
 
-template <typename T>
-void scale_into(const T* in, std::int64_t numel, double scale, T* out) {
-  for (std::int64_t i = 0; i < numel; ++i)
-    out[i] = static_cast<T>(static_cast<double>(in[i]) * scale);
+// Where results are counted while they are in the first-level cache.
+constexpr std::int64_t kCountBlock = 4096;
+
+void copy(const void* in, std::int64_t bytes, void* out) {
+  // A null pointer is legal for an empty tensor, not for memcpy.
+  if (bytes > 0) std::memcpy(out, in, static_cast<std::size_t>(bytes));
 }
 
+template <const Runs& runs>
 void copy_or_scale(const void* in, std::int64_t numel, DType dtype, double scale, void* out,
                    const char* kernel) {
-  if (numel == 0) return;  // a null pointer is legal for an empty tensor, not for memcpy
-  if (scale == 1.0) {
-    std::memcpy(out, in, static_cast<std::size_t>(numel * size_of(dtype)));
-    return;
-  }
-  for_arithmetic_type(dtype, kernel, [&]<typename T>(T) {
-    scale_into(static_cast<const T*>(in), numel, scale, static_cast<T*>(out));
-  });
-}
-
-// Blocks that stay in the first-level cache while one input after the other is added.
-constexpr std::int64_t kSumBlock = 1024;
-
-template <typename T>
-void sum_into(const SumArgs& args) {
-  T block[kSumBlock];
-  T* out = static_cast<T*>(args.out);
-  for (std::int64_t begin = 0; begin < args.numel; begin += kSumBlock) {
-    const std::int64_t numel = clip({begin, begin + kSumBlock}, {0, args.numel}).size();
-    std::memcpy(block, static_cast<const T*>(args.inputs[0]) + begin,
-                static_cast<std::size_t>(numel) * sizeof(T));
-    for (int k = 1; k < args.num_inputs; ++k) {
-      const T* in = static_cast<const T*>(args.inputs[k]) + begin;
-      for (std::int64_t i = 0; i < numel; ++i) block[i] += in[i];
-    }
-    if (args.divisor != 1.0)
-      for (std::int64_t i = 0; i < numel; ++i)
-        block[i] = static_cast<T>(static_cast<double>(block[i]) / args.divisor);
-    std::memcpy(out + begin, block, static_cast<std::size_t>(numel) * sizeof(T));
-  }
+  if (scale == 1.0)
+    copy(in, numel * size_of(dtype), out);
+  else if (numel > 0)
+    entry_of(runs.scale, dtype, kernel)(in, numel, scale, out);
 }
 
 }  // namespace
 
+template <const Runs& runs>
 void pack(const PackArgs& args, Stream) {
   const std::int64_t width = size_of(args.dtype);
   char* fused = static_cast<char*>(args.fused);
@@ -61,26 +39,79 @@ void pack(const PackArgs& args, Stream) {
   for (std::int64_t s = 0; s < args.segments->count; ++s) {
     const TensorSegment& segment = args.segments->on_host[s];
     zero_until(segment.offset);
-    copy_or_scale(args.tensors[s], segment.numel, args.dtype, args.scale,
-                  fused + segment.offset * width, "pack");
+    copy_or_scale<runs>(args.tensors[s], segment.numel, args.dtype, args.scale,
+                        fused + segment.offset * width, "pack");
     filled = segment.range().end;
   }
   zero_until(args.numel);
 }
 
+template <const Runs& runs>
 void unpack(const UnpackArgs& args, Stream) {
   const std::int64_t width = size_of(args.dtype);
-  const char* fused = static_cast<const char*>(args.fused);
   for (std::int64_t s = 0; s < args.segments->count; ++s) {
     const TensorSegment& segment = args.segments->on_host[s];
-    copy_or_scale(fused + segment.offset * width, segment.numel, args.dtype, args.scale,
-                  args.tensors[s], "unpack");
+    const char* in = static_cast<const char*>(args.fused) + segment.offset * width;
+    char* out = static_cast<char*>(args.tensors[s]);
+    if (args.nonfinite == nullptr) {
+      copy_or_scale<runs>(in, segment.numel, args.dtype, args.scale, out, "unpack");
+      continue;
+    }
+    const auto count = entry_of(runs.count_nonfinite, args.dtype, "unpack");
+    args.nonfinite[s] = 0;
+    for (std::int64_t i = 0; i < segment.numel; i += kCountBlock) {
+      const std::int64_t numel = std::min(kCountBlock, segment.numel - i);
+      copy_or_scale<runs>(in + i * width, numel, args.dtype, args.scale, out + i * width, "unpack");
+      args.nonfinite[s] += count(out + i * width, numel);
+    }
   }
 }
 
-void sum(const SumArgs& args, Stream) {
+template <const Runs& runs>
+void reduce(const ReduceArgs& args, Stream) {
   if (args.numel == 0 || args.num_inputs == 0) return;
-  for_arithmetic_type(args.dtype, "sum", [&]<typename T>(T) { sum_into<T>(args); });
+  const auto op = static_cast<std::size_t>(args.op);
+  entry_of(runs.reduce[op], args.dtype, "reduce")({.inputs = args.inputs,
+                                                   .num_inputs = args.num_inputs,
+                                                   .out = args.out,
+                                                   .begin = 0,
+                                                   .numel = args.numel,
+                                                   .divisor = args.divisor,
+                                                   .squares = nullptr});
 }
+
+template <const Runs& runs>
+void reduce_squares(const ReduceSquaresArgs& args, Stream) {
+  const ReduceArgs& reduction = args.reduce;
+  if (reduction.numel == 0 || reduction.num_inputs == 0) return;
+  const auto reduce_run = entry_of(runs.reduce[kRunSum], reduction.dtype, "reduce_squares");
+  const Range whole{args.begin, args.begin + reduction.numel};
+  std::int64_t reduced = args.begin;
+  const auto reduce_until = [&](std::int64_t end, double* squares) {
+    if (end <= reduced) return;
+    reduce_run({.inputs = reduction.inputs,
+                .num_inputs = reduction.num_inputs,
+                .out = reduction.out,
+                .begin = reduced - args.begin,
+                .numel = end - reduced,
+                .divisor = reduction.divisor,
+                .squares = squares});
+    reduced = end;
+  };
+  for (std::int64_t s = 0; s < args.segments->count; ++s) {
+    const Range part = clip(args.segments->on_host[s].range(), whole);
+    if (part.empty()) continue;
+    reduce_until(part.begin, nullptr);  // padding
+    reduce_until(part.end, args.squares + args.group_of[s] * kSquaresPerGroup);
+  }
+  reduce_until(whole.end, nullptr);
+}
+
+#define ADAREDUCE_INSTANTIATE(runs)                      \
+  template void pack<runs>(const PackArgs&, Stream);     \
+  template void unpack<runs>(const UnpackArgs&, Stream); \
+  template void reduce<runs>(const ReduceArgs&, Stream); \
+  template void reduce_squares<runs>(const ReduceSquaresArgs&, Stream);
+ADAREDUCE_FOR_ALL_RUNS(ADAREDUCE_INSTANTIATE)
 
 }  // namespace adareduce::cpu

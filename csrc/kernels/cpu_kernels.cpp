@@ -1,11 +1,72 @@
 #include "kernels/cpu_kernels.h"
 
 namespace adareduce {
+namespace {
 
-const KernelTable kCpuKernels{
-    "cpu", cpu::pair_stats, cpu::pair_combine, cpu::pack, cpu::unpack, cpu::sum,
+template <const cpu::Runs& runs>
+constexpr KernelTable kTable{
+    "cpu",
+    cpu::pair_stats<runs>,
+    cpu::pair_combine<runs>,
+    cpu::pack<runs>,
+    cpu::unpack<runs>,
+    cpu::reduce<runs>,
+    cpu::reduce_squares<runs>,
 };
 
-bool has_arithmetic(DType dtype) { return dtype == DType::f32 || dtype == DType::f64; }
+const KernelTable& best_table() {
+  for (const std::string_view isa : {"avx512", "avx2"})
+    if (const KernelTable* table = cpu_kernels_for(isa)) return *table;
+  return kTable<cpu::kBaselineRuns>;
+}
+
+}  // namespace
+
+const KernelTable& cpu_kernels() {
+  static const KernelTable& best = best_table();
+  return best;
+}
+
+const KernelTable* cpu_kernels_for(std::string_view isa) {
+  const cpu::Runs* runs = cpu::runs_for(isa);
+#ifdef __x86_64__
+  if (runs == &cpu::kAvx512Runs) return &kTable<cpu::kAvx512Runs>;
+  if (runs == &cpu::kAvx2Runs) return &kTable<cpu::kAvx2Runs>;
+#endif
+  return runs == nullptr ? nullptr : &kTable<cpu::kBaselineRuns>;
+}
+
+const cpu::Runs* cpu::runs_for(std::string_view isa) {
+  if (isa == "baseline") return &kBaselineRuns;
+#ifdef __x86_64__
+  // F16C came before AVX2 and FMA with it in every CPU that has AVX2.
+  if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return &kAvx2Runs;
+  if (isa == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return &kAvx512Runs;
+#endif
+  return nullptr;
+}
+
+bool has_arithmetic(ReduceOp op, DType dtype) {
+  const auto code = static_cast<std::size_t>(dtype);
+  switch (op) {
+    case ReduceOp::adasum:
+      return cpu::kBaselineRuns.pair_stats[code] != nullptr;
+    case ReduceOp::average:
+    case ReduceOp::sum:
+      return cpu::kBaselineRuns.reduce[cpu::kRunSum][code] != nullptr;
+    case ReduceOp::min:
+    case ReduceOp::max:
+    case ReduceOp::product:
+      return cpu::kBaselineRuns.reduce[cpu::kRunMin][code] != nullptr;
+  }
+  return false;
+}
+
+bool can_scale(DType dtype) {
+  return cpu::kBaselineRuns.scale[static_cast<std::size_t>(dtype)] != nullptr;
+}
 
 }  // namespace adareduce

@@ -1,13 +1,42 @@
 #pragma once
+#include "base/errors.h"
+#include "kernels/cpu_runs.h"
 #include "kernels/kernels.h"
 
-/// The entries of kCpuKernels. Contracts stand in kernels.h.
+/// The entries of the CPU's kernel tables, one instance per instruction set. Contracts stand in
+/// kernels.h; what they do with contiguous elements stands in cpu_runs_body.h.
 namespace adareduce::cpu {
 
+template <const Runs& runs>
 void pair_stats(const PairStatsArgs& args, Stream);
+template <const Runs& runs>
 void pair_combine(const PairCombineArgs& args, Stream);
+template <const Runs& runs>
 void pack(const PackArgs& args, Stream);
+template <const Runs& runs>
 void unpack(const UnpackArgs& args, Stream);
-void sum(const SumArgs& args, Stream);
+template <const Runs& runs>
+void reduce(const ReduceArgs& args, Stream);
+template <const Runs& runs>
+void reduce_squares(const ReduceSquaresArgs& args, Stream);
+
+/// The table for "baseline", "avx2" or "avx512"; null where this build or this CPU lacks it.
+const Runs* runs_for(std::string_view isa);
+
+#ifdef __x86_64__
+#define ADAREDUCE_FOR_ALL_RUNS(macro) macro(kBaselineRuns) macro(kAvx2Runs) macro(kAvx512Runs)
+#else
+#define ADAREDUCE_FOR_ALL_RUNS(macro) macro(kBaselineRuns)
+#endif
+
+/// The entry for `dtype`. Throws UsageError in the name of `kernel` where there is none.
+template <typename Entry>
+Entry entry_of(Entry const (&entries)[kNumDTypes], DType dtype, const char* kernel) {
+  const auto code = static_cast<std::size_t>(dtype);
+  if (code >= kNumDTypes || entries[code] == nullptr)
+    throw UsageError(
+        concat(kernel, ": dtype must be one that it is defined for, got ", name_of(dtype)));
+  return entries[code];
+}
 
 }  // namespace adareduce::cpu

@@ -42,34 +42,60 @@ struct UnpackArgs {
   DType dtype = DType::f32;
   const SegmentTable* segments = nullptr;
   double scale = 1.0;
+  /// Per segment: receives the number of results that are infinite or not a number. May be null.
+  std::int64_t* nonfinite = nullptr;
 };
 
-/// out[i] = (inputs[0][i] + inputs[1][i] + ...) / divisor, added in that order.
-struct SumArgs {
+/// How reduce makes one of several. Averages are sums with a divisor.
+enum class Elementwise : std::uint8_t { sum = 0, min = 1, max = 2, product = 3 };
+
+/// out[i] = (inputs[0][i] op inputs[1][i] op ...) / divisor, in that order.
+struct ReduceArgs {
+  Elementwise op = Elementwise::sum;
   const void* const* inputs = nullptr;
   int num_inputs = 0;
   void* out = nullptr;  ///< may be one of the inputs
   std::int64_t numel = 0;
   DType dtype = DType::f32;
-  double divisor = 1.0;
+  double divisor = 1.0;  ///< other than 1 only for sums
+};
+
+/// Per group: sum over the inputs of |input|^2, and |(inputs[0] + inputs[1] + ...)|^2.
+inline constexpr int kSquaresPerGroup = 2;
+
+/// reduce() of a part of a fused buffer that also adds up squares, in the same pass. Sums of float
+/// types only.
+struct ReduceSquaresArgs {
+  ReduceArgs reduce;
+  std::int64_t begin = 0;  ///< where in the fused buffer the inputs start
+  const SegmentTable* segments = nullptr;
+  const std::int32_t* group_of = nullptr;  ///< per segment
+  double* squares = nullptr;               ///< [groups][kSquaresPerGroup], added to
 };
 
 /// The arithmetic of one device. Collectives hold a table and never ask which device it is.
-/// Empty ranges are legal everywhere. Arithmetic is defined for f32 and f64; moving for all types.
+/// Empty ranges are legal everywhere. Which types have arithmetic: has_arithmetic(); all can be
+/// moved.
 struct KernelTable {
   const char* device;
   void (*pair_stats)(const PairStatsArgs&, Stream);
   void (*pair_combine)(const PairCombineArgs&, Stream);
   void (*pack)(const PackArgs&, Stream);
   void (*unpack)(const UnpackArgs&, Stream);
-  void (*sum)(const SumArgs&, Stream);
+  void (*reduce)(const ReduceArgs&, Stream);
+  void (*reduce_squares)(const ReduceSquaresArgs&, Stream);
 };
 
-/// Runs on the calling thread, which has finished when a call returns. Throws UsageError for a
-/// dtype without arithmetic.
-extern const KernelTable kCpuKernels;
+/// The CPU's, for the best instruction set that this CPU has. They run on the calling thread, which
+/// has finished when a call returns. They throw UsageError for a dtype without the operation.
+const KernelTable& cpu_kernels();
+/// Those for "baseline", "avx2" or "avx512"; null where this build or this CPU lacks it. All give
+/// the same bits.
+const KernelTable* cpu_kernels_for(std::string_view isa);
 
-/// Whether this build adds and scales elements of `dtype`.
-bool has_arithmetic(DType dtype);
+/// Whether elements of `dtype` can be reduced by `op`.
+bool has_arithmetic(ReduceOp op, DType dtype);
+/// Whether they can be multiplied by a factor.
+bool can_scale(DType dtype);
 
 }  // namespace adareduce

@@ -11,6 +11,9 @@ class ReduceOp(enum.IntEnum):
     Average = 0
     Sum = 1
     Adasum = 2
+    Min = 3
+    Max = 4
+    Product = 5
 
 
 class Collective(enum.IntEnum):
@@ -20,8 +23,13 @@ class Collective(enum.IntEnum):
     broadcast = 1
     allgather = 2
     barrier = 3
+    reducescatter = 5
+    alltoall = 6
 
 
 Average = ReduceOp.Average
 Sum = ReduceOp.Sum
 Adasum = ReduceOp.Adasum
+Min = ReduceOp.Min
+Max = ReduceOp.Max
+Product = ReduceOp.Product

@@ -254,9 +254,9 @@ Job submit_allgather(Engine& engine, int process_set, int step, Rank rank, int s
   job.handle = engine.submit(process_set, std::move(request));
   job.check = [=](const Job& self) {
     self.handle->rethrow();
-    CHECK(self.handle->gathered().size() == self.memory.size());
+    CHECK(self.handle->result().gathered.size() == self.memory.size());
     for (std::size_t t = 0; t < self.memory.size(); ++t) {
-      const GatheredTensor& gathered = self.handle->gathered()[t];
+      const GatheredTensor& gathered = self.handle->result().gathered[t];
       const double* data = static_cast<const double*>(gathered.memory->data());
       std::int64_t place = 0;
       for (Rank owner = 0; owner < size; ++owner)

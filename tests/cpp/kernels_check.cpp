@@ -17,6 +17,9 @@ using namespace adareduce;
 
 namespace {
 
+const KernelTable* table_in_use = nullptr;
+const KernelTable& kernels() { return *table_in_use; }
+
 #define CHECK(condition)                                                                 \
   do {                                                                                   \
     if (!(condition)) {                                                                  \
@@ -73,7 +76,7 @@ void check_pairs() {
     for (const Range range : ranges_of(numel)) {
       const VectorPair pair{lower.data(), upper.data(), range, kDTypeOf<T>, &table};
       const Array<double> stats(table.count * kStatsPerSegment);
-      kCpuKernels.pair_stats({pair, stats.data()}, {});
+      kernels().pair_stats({pair, stats.data()}, {});
       for (std::int64_t s = 0; s < table.count; ++s) {
         double dot = 0, lower_sq = 0, upper_sq = 0;
         const Range part = clip(segments[static_cast<std::size_t>(s)].range(), range);
@@ -87,7 +90,7 @@ void check_pairs() {
         CHECK(stats[3 * s + 2] == upper_sq);
       }
       const Array<T> out(numel, 3);
-      kCpuKernels.pair_combine({pair, stats.data(), out.data()}, {});
+      kernels().pair_combine({pair, stats.data(), out.data()}, {});
       std::vector<bool> is_written(static_cast<std::size_t>(numel), false);
       for (std::int64_t s = 0; s < table.count; ++s) {
         const Range part = clip(segments[static_cast<std::size_t>(s)].range(), range);
@@ -122,8 +125,8 @@ void check_moving(DType dtype, double scale) {
     }
     for (const std::int64_t behind : {0, 1, 16}) {
       const Array<T> fused(padded + behind, 6);
-      kCpuKernels.pack({inputs.data(), fused.data(), fused.numel(), dtype, &table, scale}, {});
-      kCpuKernels.unpack({fused.data(), outputs.data(), dtype, &table, scale}, {});
+      kernels().pack({inputs.data(), fused.data(), fused.numel(), dtype, &table, scale}, {});
+      kernels().unpack({fused.data(), outputs.data(), dtype, &table, scale}, {});
       std::int64_t filled = 0;
       for (std::size_t t = 0; t < numels.size(); ++t) {
         for (; filled < segments[t].offset; ++filled) CHECK(fused[filled] == T{});
@@ -151,7 +154,9 @@ void check_sum() {
             inputs.push_back(arrays.emplace_back(numel, k).data());
           const Array<T> separate(numel, 9);
           const Array<T>& out = target < 0 ? separate : arrays[static_cast<std::size_t>(target)];
-          kCpuKernels.sum({inputs.data(), num_inputs, out.data(), numel, kDTypeOf<T>, divisor}, {});
+          kernels().reduce({Elementwise::sum, inputs.data(), num_inputs, out.data(), numel,
+                            kDTypeOf<T>, divisor},
+                           {});
           for (std::int64_t i = 0; i < numel; ++i) {
             double total = 0;
             for (int k = 0; k < num_inputs; ++k)
@@ -163,15 +168,46 @@ void check_sum() {
         }
 }
 
+// Half types by their bits: 0x4000 is 2 in float16, in bfloat16 too.
+void check_halves(DType dtype) {
+  for (const std::int64_t numel : {1, 7, 15, 16, 17, 33, 513}) {
+    const Array<std::uint16_t> lower(numel), upper(numel), out(numel);
+    for (std::int64_t i = 0; i < numel; ++i) lower[i] = upper[i] = 0x4000;
+    const TensorSegment segment{0, numel};
+    const SegmentTable table{&segment, nullptr, 1};
+    double stats[3];
+    const VectorPair pair{lower.data(), upper.data(), {0, numel}, dtype, &table};
+    kernels().pair_stats({pair, stats}, {});
+    for (const double stat : stats) CHECK(stat == 4.0 * static_cast<double>(numel));
+    kernels().pair_combine({pair, stats, out.data()}, {});
+    for (std::int64_t i = 0; i < numel; ++i) CHECK(out[i] == 0x4000);
+    const void* inputs[] = {lower.data(), upper.data()};
+    const std::int32_t group = 0;
+    double squares[2] = {};
+    kernels().reduce_squares(
+        {{Elementwise::sum, inputs, 2, out.data(), numel, dtype, 2.0}, 0, &table, &group, squares},
+        {});
+    CHECK(squares[0] == 8.0 * static_cast<double>(numel));
+    CHECK(squares[1] == 16.0 * static_cast<double>(numel));
+    for (std::int64_t i = 0; i < numel; ++i) CHECK(out[i] == 0x4000);
+    void* outputs[] = {out.data()};
+    std::int64_t nonfinite = -1;
+    kernels().unpack({lower.data(), outputs, dtype, &table, 0.5, &nonfinite}, {});
+    CHECK(nonfinite == 0);
+    for (std::int64_t i = 0; i < numel; ++i)
+      CHECK(out[i] == (dtype == DType::f16 ? 0x3c00 : 0x3f80));
+  }
+}
+
 void check_refusals() {
   for (int code = 0; code < kNumDTypes; ++code) {
     const auto dtype = static_cast<DType>(code);
-    if (has_arithmetic(dtype)) continue;
+    if (has_arithmetic(ReduceOp::sum, dtype)) continue;
     const Array<double> some(4, 1);
     const void* inputs[] = {some.data()};
     bool is_refused = false;
     try {
-      kCpuKernels.sum({inputs, 1, some.data(), 4, dtype, 1.0}, {});
+      kernels().reduce({Elementwise::sum, inputs, 1, some.data(), 4, dtype, 1.0}, {});
     } catch (const UsageError&) {
       is_refused = true;
     }
@@ -195,23 +231,29 @@ void check_shards() {
 }  // namespace
 
 int main() {
-  check_pairs<float>();
-  check_pairs<double>();
-  for (const double scale : {1.0, 0.5, -3.0}) {
-    check_moving<float>(DType::f32, scale);
-    check_moving<double>(DType::f64, scale);
+  for (const char* isa : {"baseline", "avx2", "avx512"}) {
+    table_in_use = cpu_kernels_for(isa);
+    if (table_in_use == nullptr) continue;
+    check_pairs<float>();
+    check_pairs<double>();
+    for (const double scale : {1.0, 0.5, -3.0}) {
+      check_moving<float>(DType::f32, scale);
+      check_moving<double>(DType::f64, scale);
+    }
+    check_moving<std::uint8_t>(DType::u8, 1.0);
+    check_moving<std::int8_t>(DType::i8, 1.0);
+    check_moving<std::int16_t>(DType::i16, 1.0);
+    check_moving<std::int32_t>(DType::i32, 1.0);
+    check_moving<std::int64_t>(DType::i64, 1.0);
+    check_moving<std::uint16_t>(DType::f16, 1.0);
+    check_moving<std::uint16_t>(DType::bf16, 1.0);
+    check_moving<std::uint8_t>(DType::boolean, 1.0);
+    check_sum<float>();
+    check_sum<double>();
+    check_refusals();
+    check_halves(DType::f16);
+    check_halves(DType::bf16);
   }
-  check_moving<std::uint8_t>(DType::u8, 1.0);
-  check_moving<std::int8_t>(DType::i8, 1.0);
-  check_moving<std::int16_t>(DType::i16, 1.0);
-  check_moving<std::int32_t>(DType::i32, 1.0);
-  check_moving<std::int64_t>(DType::i64, 1.0);
-  check_moving<std::uint16_t>(DType::f16, 1.0);
-  check_moving<std::uint16_t>(DType::bf16, 1.0);
-  check_moving<std::uint8_t>(DType::boolean, 1.0);
-  check_sum<float>();
-  check_sum<double>();
-  check_refusals();
   check_shards();
   std::puts("kernels_check: all is well");
   return 0;

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from adareduce import runtime
-from adareduce.ops import Adasum, Average, ReduceOp, Sum
+from adareduce.ops import Adasum, Average, Max, Min, Product, ReduceOp, Sum
 from adareduce.runtime import (
     HorovodInternalError,
     ProcessSet,
@@ -51,11 +51,26 @@ from adareduce.torch.allreduce import (
     grouped_allreduce_async,
     grouped_allreduce_async_,
 )
+from adareduce.torch.alltoall import alltoall, alltoall_async
 from adareduce.torch.barrier import barrier
 from adareduce.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
 from adareduce.torch.compression import Compression
 from adareduce.torch.handles import Handle, poll, synchronize
 from adareduce.torch.objects import broadcast_object, broadcast_parameters
+from adareduce.torch.reducescatter import (
+    grouped_reducescatter,
+    grouped_reducescatter_async,
+    reducescatter,
+    reducescatter_async,
+)
+from adareduce.torch.statistics import (
+    ReductionStats,
+    grouped_allreduce_with_stats,
+    grouped_allreduce_with_stats_,
+    grouped_allreduce_with_stats_async,
+    grouped_allreduce_with_stats_async_,
+    local_adasum,
+)
 from adareduce.torch.threads import warn_if_oversubscribed
 
 
@@ -76,8 +91,12 @@ __all__ = [
     "Compression",
     "Handle",
     "HorovodInternalError",
+    "Max",
+    "Min",
     "ProcessSet",
+    "Product",
     "ReduceOp",
+    "ReductionStats",
     "Sum",
     "add_process_set",
     "allgather",
@@ -86,6 +105,8 @@ __all__ = [
     "allreduce_",
     "allreduce_async",
     "allreduce_async_",
+    "alltoall",
+    "alltoall_async",
     "barrier",
     "broadcast",
     "broadcast_",
@@ -107,9 +128,16 @@ __all__ = [
     "grouped_allreduce_",
     "grouped_allreduce_async",
     "grouped_allreduce_async_",
+    "grouped_allreduce_with_stats",
+    "grouped_allreduce_with_stats_",
+    "grouped_allreduce_with_stats_async",
+    "grouped_allreduce_with_stats_async_",
+    "grouped_reducescatter",
+    "grouped_reducescatter_async",
     "init",
     "is_homogeneous",
     "is_initialized",
+    "local_adasum",
     "local_rank",
     "local_size",
     "mpi_built",
@@ -118,6 +146,8 @@ __all__ = [
     "nccl_built",
     "poll",
     "rank",
+    "reducescatter",
+    "reducescatter_async",
     "rocm_built",
     "shutdown",
     "size",

@@ -11,7 +11,7 @@ from adareduce import _core
 from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.allreduce import sum_gradients
-from adareduce.torch.handles import Handle, check_tensors, submit, synchronize, take_name
+from adareduce.torch.handles import Handle, check_tensors, submit_named, synchronize
 
 
 def allgather_async(
@@ -110,30 +110,27 @@ def _start(
                     f"{function}: tensor must have at least one dimension, got a scalar"
                 )
         inputs = [tensor.detach().contiguous() for tensor in tensors]
-        take_name(function, name, process_set)
-        try:
-            request = submit(
-                Collective.allgather,
-                inputs,
-                [None] * len(inputs),
-                name=name,
-                process_set=process_set,
-            )
-        except Exception:
-            process_set.names_in_use.discard(name)
-            raise
+        request = submit_named(
+            function,
+            Collective.allgather,
+            inputs,
+            [None] * len(inputs),
+            name=name,
+            process_set=process_set,
+        )
 
     def finish(request: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
         results = [
-            _to_tensor(memory, shape, tensor.dtype)
-            for (memory, shape), tensor in zip(request.gathered(), inputs, strict=True)
+            to_tensor(memory, shape, tensor.dtype)
+            for (memory, shape, _), tensor in zip(request.gathered(), inputs, strict=True)
         ]
         return results if function == "grouped_allgather" else results[0]
 
     return Handle(request, finish, name, process_set.names_in_use)
 
 
-def _to_tensor(memory: _core.Memory, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+def to_tensor(memory: _core.Memory, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over memory that the engine allocated."""
     # The tensor keeps the memory alive; frombuffer refuses memory of no bytes.
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device="cpu")

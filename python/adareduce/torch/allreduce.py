@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from adareduce.ops import Collective, ReduceOp
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.handles import (
-    ARITHMETIC_DTYPES,
     Handle,
+    check_op,
+    check_scales,
     check_tensors,
     mark_written,
-    submit,
+    submit_named,
     synchronize,
-    take_name,
 )
 
 
@@ -37,26 +37,29 @@ def grouped_allreduce_async_(
     ``synchronize(handle)``, which returns them.
 
     Args:
-        tensors: Contiguous float32 or float64 CPU tensors of any shapes, the same on all ranks.
-            They may differ in dtype.
+        tensors: CPU tensors of any shapes and dtypes, the same on all ranks. Their strides must be
+            equal on all ranks and leave no gaps: contiguous, channels_last and so on.
         average: Deprecated: use ``op``.
         name: Equal on all ranks; in use until the handle is synchronised.
-        op: Average (default), Sum or Adasum; Adasum is computed for each tensor by itself.
+        op: Average (default), Sum, Min, Max, Product, or Adasum, which is computed for each tensor
+            by itself. Average of integers divides in float64 and truncates; half types are added
+            in float32. bool has Min, Max and Product.
         prescale_factor: Multiplies every element before the reduction.
         postscale_factor: Multiplies every element of the result.
         process_set: The ranks that take part.
 
     Raises:
-        TypeError: A tensor's dtype has no arithmetic here.
-        ValueError: A tensor is not on the CPU or not contiguous, or ``name`` is in use. Raised here
-            on the rank that made the mistake, and as HorovodInternalError on the others.
+        TypeError: ``op`` means nothing for a tensor's dtype (Adasum of integers, Sum of bool).
+        ValueError: A tensor is not on the CPU or not dense, or ``name`` is in use. Raised here on
+            the rank that made the mistake, and as HorovodInternalError on the others.
         HorovodInternalError: The process set is broken.
 
     Source: Adasum: arXiv 2006.02924; docs/algorithms.md.
     """
     tensors = list(tensors)
-    return _start("grouped_allreduce", tensors, tensors, average, name, op, prescale_factor,
-                  postscale_factor, process_set, in_place=True)  # fmt: skip
+    return start_allreduce("grouped_allreduce", tensors, tensors, average, name, op,
+                           prescale_factor, postscale_factor, process_set,
+                           in_place=True)  # fmt: skip
 
 
 def grouped_allreduce_async(
@@ -68,9 +71,9 @@ def grouped_allreduce_async(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
-    """As ``grouped_allreduce_async_``, into new tensors. Strides need not be contiguous."""
+    """As ``grouped_allreduce_async_``, into new tensors. Any strides will do."""
     tensors = list(tensors)
-    return _start("grouped_allreduce", tensors, None, average, name, op, prescale_factor,
+    return start_allreduce("grouped_allreduce", tensors, None, average, name, op, prescale_factor,
                   postscale_factor, process_set, in_place=False)  # fmt: skip
 
 
@@ -103,10 +106,10 @@ def grouped_allreduce(
 ) -> list[torch.Tensor]:
     """As ``grouped_allreduce_async_``, into new tensors, waits, and can be differentiated.
 
-    The gradient of Average and Sum is the same reduction of the gradients; Adasum has none, and
-    ``backward`` raises.
+    The gradient of Average and Sum is the same reduction of the gradients; the others have none,
+    and ``backward`` raises.
     """
-    compressed, contexts = _compress(tensors, compression, process_set)
+    compressed, contexts = compress_all("grouped_allreduce", tensors, compression, process_set)
     results = _Allreduce.apply(  # type: ignore[no-untyped-call]
         average, name, op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
         *compressed,
@@ -127,7 +130,7 @@ def allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``grouped_allreduce_async_`` for one tensor; the handle's result is the tensor."""
-    return _start("allreduce", [tensor], [tensor], average, name, op, prescale_factor,
+    return start_allreduce("allreduce", [tensor], [tensor], average, name, op, prescale_factor,
                   postscale_factor, process_set, in_place=True)  # fmt: skip
 
 
@@ -141,7 +144,7 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``grouped_allreduce_async`` for one tensor; the handle's result is the new tensor."""
-    return _start("allreduce", [tensor], None, average, name, op, prescale_factor,
+    return start_allreduce("allreduce", [tensor], None, average, name, op, prescale_factor,
                   postscale_factor, process_set, in_place=False)  # fmt: skip
 
 
@@ -173,7 +176,7 @@ def allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> torch.Tensor:
     """As ``grouped_allreduce`` for one tensor."""
-    compressed, contexts = _compress([tensor], compression, process_set)
+    compressed, contexts = compress_all("allreduce", [tensor], compression, process_set)
     result: torch.Tensor
     (result,) = _Allreduce.apply(  # type: ignore[no-untyped-call]
         average, name, op, prescale_factor, postscale_factor, process_set, "allreduce", *compressed
@@ -194,12 +197,12 @@ class _Allreduce(torch.autograd.Function):
         function: str,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        handle = _start(
+        handle = start_allreduce(
             function, list(tensors), None, average, name, op, prescale_factor, postscale_factor,
             process_set, in_place=False,
         )  # fmt: skip
         ctx.arguments = (prescale_factor, postscale_factor, process_set, function)
-        ctx.op = _choose_op(function, average, op)
+        ctx.op = choose_op(function, average, op)
         results = synchronize(handle)
         return tuple(results) if function == "grouped_allreduce" else (results,)
 
@@ -207,10 +210,10 @@ class _Allreduce(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         prescale_factor, postscale_factor, process_set, function = ctx.arguments
         with rejected_on_all_ranks(process_set):
-            if ctx.op == ReduceOp.Adasum:
+            if ctx.op not in (ReduceOp.Average, ReduceOp.Sum):
                 raise ValueError(
-                    f"{function}: op must be Average or Sum where backward is called, got Adasum,"
-                    " which has no gradient"
+                    f"{function}: op must be Average or Sum where backward is called, got"
+                    f" {ctx.op.name}, which has no gradient"
                 )
         reduced = _Allreduce.apply(  # type: ignore[no-untyped-call]
             None, None, ctx.op, prescale_factor, postscale_factor, process_set, "grouped_allreduce",
@@ -220,25 +223,28 @@ class _Allreduce(torch.autograd.Function):
 
 
 def sum_gradients(gradients: Sequence[torch.Tensor], process_set: ProcessSet) -> list[torch.Tensor]:
-    """Sum over the ranks of what arrives in a backward pass; half types are added in float32."""
-    wide = [g if g.dtype in ARITHMETIC_DTYPES else g.float() for g in gradients]
-    sums = grouped_allreduce(wide, op=ReduceOp.Sum, process_set=process_set)
-    return [total.to(g.dtype) for total, g in zip(sums, gradients, strict=True)]
+    """Sum over the ranks of what arrives in a backward pass."""
+    return grouped_allreduce(gradients, op=ReduceOp.Sum, process_set=process_set)
 
 
-def _compress(
-    tensors: Sequence[torch.Tensor], compression: type[Compressor], process_set: ProcessSet
+def compress_all(
+    function: str,
+    tensors: Sequence[torch.Tensor],
+    compression: type[Compressor],
+    process_set: ProcessSet,
 ) -> tuple[list[torch.Tensor], list[Any]]:
+    """Compressed tensors, and what undoes it."""
     with rejected_on_all_ranks(process_set):
         if not hasattr(compression, "compress"):
             raise TypeError(
-                f"allreduce: compression must be one of hvd.Compression, got {compression!r}"
+                f"{function}: compression must be one of hvd.Compression, got {compression!r}"
             )
         pairs = [compression.compress(tensor) for tensor in tensors]
     return [tensor for tensor, _ in pairs], [context for _, context in pairs]
 
 
-def _choose_op(function: str, average: bool | None, op: ReduceOp | None) -> ReduceOp:
+def choose_op(function: str, average: bool | None, op: ReduceOp | None) -> ReduceOp:
+    """The reduction that two arguments ask for; raises ValueError where they contradict."""
     if average is not None and op is not None:
         raise ValueError(
             f"{function}: only one of average and op must be given, got average={average!r} and"
@@ -255,7 +261,7 @@ def _choose_op(function: str, average: bool | None, op: ReduceOp | None) -> Redu
         raise ValueError(f"{function}: op must be one of {names}, got {op!r}") from None
 
 
-def _start(
+def start_allreduce(
     function: str,
     tensors: list[torch.Tensor],
     outputs: list[torch.Tensor] | None,
@@ -267,37 +273,37 @@ def _start(
     process_set: ProcessSet,
     *,
     in_place: bool,
+    groups: Sequence[int] | None = None,
+    finish: Callable[[_core.Handle, list[torch.Tensor]], Any] | None = None,
 ) -> Handle:
+    """What all forms have in common. ``finish`` makes the handle's result of the outputs."""
     with rejected_on_all_ranks(process_set):
-        chosen_op = _choose_op(function, average, op)
+        chosen_op = choose_op(function, average, op)
         check_tensors(function, tensors, in_place=in_place)
-        for tensor in tensors:
-            if tensor.dtype not in ARITHMETIC_DTYPES:
-                raise TypeError(
-                    f"{function}: dtype must be float32 or float64 for op={chosen_op.name}, got"
-                    f" {str(tensor.dtype).removeprefix('torch.')}"
-                )
-        inputs = [tensor.detach().contiguous() for tensor in tensors]
+        check_op(function, chosen_op, tensors)
+        check_scales(function, tensors, prescale_factor, postscale_factor)
+        inputs = [
+            tensor.detach() if in_place else tensor.detach().contiguous() for tensor in tensors
+        ]
         final_outputs = outputs or [torch.empty_like(tensor) for tensor in inputs]
-        take_name(function, name, process_set)
-        try:
-            request = submit(
-                Collective.allreduce,
-                inputs,
-                final_outputs,
-                name=name,
-                process_set=process_set,
-                op=chosen_op,
-                prescale_factor=float(prescale_factor),
-                postscale_factor=float(postscale_factor),
-            )
-        except Exception:
-            process_set.names_in_use.discard(name)
-            raise
+        request = submit_named(
+            function,
+            Collective.allreduce,
+            inputs,
+            final_outputs,
+            name=name,
+            process_set=process_set,
+            op=chosen_op,
+            prescale_factor=float(prescale_factor),
+            postscale_factor=float(postscale_factor),
+            groups=groups,
+        )
 
-    def finish(_: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
+    def result_of(request: _core.Handle) -> Any:
         if in_place:
             mark_written(final_outputs)
+        if finish is not None:
+            return finish(request, final_outputs)
         return final_outputs if function == "grouped_allreduce" else final_outputs[0]
 
-    return Handle(request, finish, name, process_set.names_in_use)
+    return Handle(request, result_of, name, process_set.names_in_use)

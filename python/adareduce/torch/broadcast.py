@@ -15,9 +15,8 @@ from adareduce.torch.handles import (
     Handle,
     check_tensors,
     mark_written,
-    submit,
+    submit_named,
     synchronize,
-    take_name,
 )
 
 
@@ -40,7 +39,7 @@ def broadcast_async_(
 
     Raises:
         TypeError: Not a tensor, or of a dtype that is not known.
-        ValueError: ``root_rank`` is not in the set, the tensor is not on the CPU or not contiguous,
+        ValueError: ``root_rank`` is not in the set, the tensor is not on the CPU or not dense,
             or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
@@ -116,21 +115,19 @@ def start_broadcast(
                 f"broadcast: root_rank must be one of the ranks {process_set.ranks} of the process"
                 f" set, got {root_rank!r}"
             )
-        inputs = [tensor.detach().contiguous() for tensor in tensors]
+        inputs = [
+            tensor.detach() if in_place else tensor.detach().contiguous() for tensor in tensors
+        ]
         outputs = list(tensors) if in_place else [torch.empty_like(tensor) for tensor in inputs]
-        take_name("broadcast", name, process_set)
-        try:
-            request = submit(
-                Collective.broadcast,
-                inputs,
-                outputs,
-                name=name,
-                process_set=process_set,
-                root=process_set.ranks.index(root_rank),
-            )
-        except Exception:
-            process_set.names_in_use.discard(name)
-            raise
+        request = submit_named(
+            "broadcast",
+            Collective.broadcast,
+            inputs,
+            outputs,
+            name=name,
+            process_set=process_set,
+            root=process_set.ranks.index(root_rank),
+        )
 
     def finish(_: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
         if in_place:

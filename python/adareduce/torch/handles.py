@@ -30,7 +30,7 @@ _DTYPE_CODES = {
 _in_flight: list[tuple[_core.Handle, tuple[torch.Tensor | None, ...]]] = []
 _in_flight_lock = threading.Lock()
 
-ARITHMETIC_DTYPES = (torch.float32, torch.float64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Handle:
@@ -109,8 +109,13 @@ def submit(
     root: int = 0,
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
+    splits: Sequence[int] = (),
+    groups: Sequence[int] | None = None,
 ) -> _core.Handle:
-    """Hands contiguous CPU tensors to the engine and keeps them alive until it has finished."""
+    """Hands dense CPU tensors to the engine and keeps them alive until it has finished.
+
+    ``groups``, one number per tensor, asks for statistics.
+    """
     if process_set.process_set_id is None:
         current_job()  # says that init() is missing, where it is
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
@@ -123,9 +128,18 @@ def submit(
         prescale=prescale_factor,
         postscale=postscale_factor,
         tensors=[
-            (tuple(i.shape), _DTYPE_CODES[i.dtype], i.data_ptr(), 0 if o is None else o.data_ptr())
-            for i, o in zip(inputs, outputs, strict=True)
+            (
+                tuple(i.shape),
+                dtype_code(i.dtype),
+                i.data_ptr(),
+                0 if o is None else o.data_ptr(),
+                () if i.is_contiguous() else dense_strides(i) or (),
+                group,
+            )
+            for i, o, group in zip(inputs, outputs, groups or [0] * len(inputs), strict=True)
         ],
+        splits=splits,
+        has_statistics=groups is not None,
     )
     with _in_flight_lock:
         _in_flight.append((request, (*inputs, *outputs)))
@@ -133,9 +147,53 @@ def submit(
     return request
 
 
+def dtype_code(dtype: torch.dtype) -> int:
+    """The number that stands for a dtype in the compiled module."""
+    return _DTYPE_CODES[dtype]
+
+
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Strides of a tensor that fills its memory without gaps or overlap; None for others.
+
+    0 where the extent is 1, since such a stride means nothing.
+    """
+    strides = tuple(
+        0 if extent == 1 else stride
+        for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    expected = 1
+    for stride, extent in sorted(zip(strides, tensor.shape, strict=True)):
+        if extent == 1:
+            continue
+        if stride != expected:
+            return None
+        expected *= extent
+    return strides
+
+
 def _forget_finished() -> None:
     with _in_flight_lock:
         _in_flight[:] = [entry for entry in _in_flight if not entry[0].is_finished()]
+
+
+def submit_named(
+    function: str,
+    collective: Collective,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor | None],
+    *,
+    name: str | None,
+    process_set: ProcessSet,
+    **options: Any,
+) -> _core.Handle:
+    """``submit`` that holds the name, and gives it back where the call is refused."""
+    take_name(function, name, process_set)
+    try:
+        return submit(collective, inputs, outputs, name=name, process_set=process_set, **options)
+    except Exception:
+        if name is not None:
+            process_set.names_in_use.discard(name)
+        raise
 
 
 def take_name(function: str, name: str | None, process_set: ProcessSet) -> None:
@@ -177,11 +235,46 @@ def check_tensors(function: str, tensors: Sequence[torch.Tensor], *, in_place: b
                 f" {', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPE_CODES)},"
                 f" got {str(tensor.dtype).removeprefix('torch.')}"
             )
-        if in_place and not tensor.is_contiguous():
+        if in_place and not tensor.is_contiguous() and dense_strides(tensor) is None:
             raise ValueError(
-                f"{function}: {which} must be contiguous, got strides {tuple(tensor.stride())}"
-                f" for shape {tuple(tensor.shape)}"
+                f"{function}: {which} must be dense (contiguous, channels_last and the like), got"
+                f" strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
             )
+
+
+def check_op(function: str, op: ReduceOp, tensors: Sequence[torch.Tensor]) -> None:
+    """Refuses a reduction that means nothing for a dtype.
+
+    Raises:
+        TypeError: Adasum of something else than float types, Average or Sum of bool.
+    """
+    for tensor in tensors:
+        if op == ReduceOp.Adasum and tensor.dtype not in FLOAT_DTYPES:
+            rule = "float16, bfloat16, float32 or float64"
+        elif op in (ReduceOp.Average, ReduceOp.Sum) and tensor.dtype == torch.bool:
+            rule = "a number; Max and Min are the logical or and and"
+        else:
+            continue
+        raise TypeError(
+            f"{function}: dtype must be {rule} for op={op.name}, got"
+            f" {str(tensor.dtype).removeprefix('torch.')}"
+        )
+
+
+def check_scales(
+    function: str, tensors: Sequence[torch.Tensor], prescale_factor: float, postscale_factor: float
+) -> None:
+    """Refuses factors where there is nothing to multiply.
+
+    Raises:
+        TypeError: A factor other than 1 for a bool tensor.
+    """
+    has_bool = any(tensor.dtype == torch.bool for tensor in tensors)
+    if has_bool and (prescale_factor, postscale_factor) != (1.0, 1.0):
+        raise TypeError(
+            f"{function}: prescale_factor and postscale_factor must be 1 for bool tensors, got"
+            f" {prescale_factor} and {postscale_factor}"
+        )
 
 
 def mark_written(tensors: Sequence[torch.Tensor]) -> None:

@@ -1,0 +1,265 @@
+#include "engine/execution.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "base/errors.h"
+#include "collectives/allgather.h"
+#include "collectives/reduce_scatter.h"
+#include "kernels/coefficients.h"
+
+namespace adareduce {
+namespace {
+
+void copy(void* to, const void* from, std::int64_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
+
+void pack(const Context& context, const Request& request, const Plan& plan, Workspace& workspace) {
+  for (const Plan::Part& part : plan.parts) {
+    const std::int64_t width = size_of(part.dtype);
+    std::vector<const void*> inputs;
+    for (const Plan::Piece& piece : part.pieces)
+      inputs.push_back(at(request.tensors[piece.tensor].input, piece.begin, width));
+    const SegmentTable table = part.table();
+    context.kernels.pack({.tensors = inputs.data(),
+                          .fused = at(workspace.data.data(), part.offset, 1),
+                          .numel = part.numel,
+                          .dtype = part.dtype,
+                          .segments = &table,
+                          .scale = request.prescale},
+                         context.stream);
+  }
+}
+
+// `nonfinite`, where it is not null, has one number per tensor of the request.
+void unpack(const Context& context, const Request& request, const Plan& plan, Workspace& workspace,
+            std::int64_t* nonfinite = nullptr) {
+  for (const Plan::Part& part : plan.parts) {
+    const std::int64_t width = size_of(part.dtype);
+    const bool owns_rows = request.collective == Collective::reducescatter;
+    std::vector<void*> outputs;
+    for (std::int64_t p = part.own_pieces.begin; p < part.own_pieces.end; ++p) {
+      const Plan::Piece& piece = part.pieces[static_cast<std::size_t>(p)];
+      outputs.push_back(
+          at(request.tensors[piece.tensor].output, owns_rows ? 0 : piece.begin, width));
+    }
+    const SegmentTable table = part.own_table();
+    std::vector<std::int64_t> counts(nonfinite == nullptr ? 0 : outputs.size());
+    context.kernels.unpack({.fused = at(workspace.data.data(), part.offset, 1),
+                            .tensors = outputs.data(),
+                            .dtype = part.dtype,
+                            .segments = &table,
+                            .scale = request.postscale,
+                            .nonfinite = nonfinite == nullptr ? nullptr : counts.data()},
+                           context.stream);
+    for (std::size_t p = 0; p < counts.size(); ++p)
+      nonfinite[part.pieces[static_cast<std::size_t>(part.own_pieces.begin) + p].tensor] +=
+          counts[p];
+  }
+}
+
+FusedBuffer fused_buffer(const Plan::Part& part, Workspace& workspace) {
+  return {at(workspace.data.data(), part.offset, 1), workspace.scratch.data(), part.numel,
+          part.dtype, part.table()};
+}
+
+std::span<double> stats_of(const Plan::Part& part, Workspace& workspace) {
+  return {static_cast<double*>(workspace.stats.data()),
+          static_cast<std::size_t>(part.reduction.stats_numel)};
+}
+
+// {sum |g_i|^2, |sum g_i|^2} of each group become {sum |g_i|^2, |mean|^2, sigma^2, mu^2}.
+std::vector<double> group_statistics(std::span<const double> squares, int num_ranks) {
+  std::vector<double> rows;
+  for (std::size_t i = 0; i < squares.size(); i += kSquaresPerGroup) {
+    const double scale = num_ranks;
+    const double of_mean = squares[i + 1] / (scale * scale);
+    const VarianceAndNorm estimate = variance_and_norm(squares[i], of_mean, scale);
+    rows.insert(rows.end(), {squares[i], of_mean, estimate.variance, estimate.squared_norm});
+  }
+  return rows;
+}
+
+Task execute_allreduce(Context context, const Request& request, const Plan& plan,
+                       Workspace& workspace, Result& result) {
+  pack(context, request, plan, workspace);
+  std::vector<double> squares(static_cast<std::size_t>(request.num_groups() * kSquaresPerGroup));
+  ReductionStatistics& statistics = result.statistics;
+  const bool has_orthogonality = request.has_statistics && request.op == ReduceOp::adasum;
+  statistics.orthogonality.resize(has_orthogonality ? request.tensors.size() : 0);
+  for (const Plan::Part& part : plan.parts) {
+    std::vector<double> of_part(has_orthogonality ? part.tensors.size() : 0);
+    co_await allreduce(context, part.reduction, fused_buffer(part, workspace),
+                       stats_of(part, workspace),
+                       {squares.data(), has_orthogonality ? of_part.data() : nullptr});
+    for (std::size_t t = 0; t < of_part.size(); ++t)
+      statistics.orthogonality[part.tensors[t]] = of_part[t];
+  }
+  statistics.groups = group_statistics(squares, context.transport.size());
+  if (request.has_statistics) statistics.nonfinite.resize(request.tensors.size());
+  // Only now: all tensors are written, or none.
+  unpack(context, request, plan, workspace,
+         request.has_statistics ? statistics.nonfinite.data() : nullptr);
+}
+
+Task execute_reducescatter(Context context, const Request& request, const Plan& plan,
+                           Workspace& workspace) {
+  pack(context, request, plan, workspace);
+  for (const Plan::Part& part : plan.parts)
+    co_await reduce_scatter(context, fused_buffer(part, workspace), part.reduction.shards,
+                            reduction_of(request.op, context.transport.size()), {});
+  unpack(context, request, plan, workspace);
+}
+
+Task execute_broadcast(Context context, const Request& request, const Plan& plan,
+                       Workspace& workspace) {
+  if (context.transport.rank() == request.root) pack(context, request, plan, workspace);
+  co_await broadcast(context, plan.broadcast, workspace.data.data(), plan.fused_bytes);
+  unpack(context, request, plan, workspace);
+}
+
+// Bytes of one row.
+std::int64_t row_bytes(const TensorArg& tensor) {
+  TensorArg row{.shape = tensor.shape};
+  row.shape.front() = 1;
+  return row.numel() * size_of(tensor.dtype);
+}
+
+Task execute_allgather(Context context, const Request& request, Result& result) {
+  const std::size_t num_tensors = request.tensors.size();
+  const auto num_ranks = static_cast<std::size_t>(context.transport.size());
+  const auto self = static_cast<std::size_t>(context.transport.rank());
+
+  // How many rows every rank brings to each tensor.
+  std::vector<std::int64_t> rows(num_ranks * num_tensors);
+  for (std::size_t t = 0; t < num_tensors; ++t)
+    rows[self * num_tensors + t] = request.tensors[t].shape.front();
+  co_await allgather_numbers(context, kDataTag, rows, static_cast<std::int64_t>(num_tensors));
+
+  const auto bytes_from = [&](std::size_t from, std::size_t t) {
+    return rows[from * num_tensors + t] * row_bytes(request.tensors[t]);
+  };
+  std::vector<std::int64_t> bytes_of(num_ranks, 0);
+  std::vector<std::int64_t> begin_of{0};
+  for (std::size_t from = 0; from < num_ranks; ++from) {
+    for (std::size_t t = 0; t < num_tensors; ++t) bytes_of[from] += bytes_from(from, t);
+    begin_of.push_back(begin_of.back() + bytes_of[from]);
+  }
+
+  const auto all = std::make_shared<Buffer>(static_cast<std::size_t>(begin_of.back()));
+  std::int64_t place = begin_of[self];
+  for (std::size_t t = 0; t < num_tensors; ++t) {
+    copy(at(all->data(), place, 1), request.tensors[t].input, bytes_from(self, t));
+    place += bytes_from(self, t);
+  }
+  co_await allgather(context, kDataTag, all->data(), bytes_of);
+
+  // Blocks came by rank, results are wanted by tensor; for one tensor these are the same.
+  for (std::size_t t = 0; t < num_tensors; ++t) {
+    GatheredTensor gathered{all, request.tensors[t].shape, {}};
+    std::int64_t bytes = 0;
+    for (std::size_t from = 0; from < num_ranks; ++from) {
+      gathered.rows_from.push_back(rows[from * num_tensors + t]);
+      bytes += bytes_from(from, t);
+    }
+    gathered.shape.front() =
+        std::accumulate(gathered.rows_from.begin(), gathered.rows_from.end(), std::int64_t{0});
+    if (num_tensors > 1) {
+      gathered.memory = std::make_shared<Buffer>(static_cast<std::size_t>(bytes));
+      std::int64_t filled = 0;
+      for (std::size_t from = 0; from < num_ranks; ++from) {
+        copy(at(gathered.memory->data(), filled, 1), at(all->data(), begin_of[from], 1),
+             bytes_from(from, t));
+        filled += bytes_from(from, t);
+        begin_of[from] += bytes_from(from, t);
+      }
+    }
+    result.gathered.push_back(std::move(gathered));
+  }
+}
+
+Task execute_alltoall(Context context, const Request& request, const Plan& plan,
+                      Workspace& workspace, Result& result) {
+  const auto num_ranks = static_cast<std::size_t>(context.transport.size());
+  const auto self = static_cast<std::size_t>(context.transport.rank());
+  const TensorArg& tensor = request.tensors.front();
+  const std::int64_t width = row_bytes(tensor);
+
+  // Row r of the table: what rank r sends to each.
+  std::vector<std::int64_t> splits(num_ranks * num_ranks);
+  std::copy(request.splits.begin(), request.splits.end(),
+            splits.begin() + static_cast<std::ptrdiff_t>(self * num_ranks));
+  co_await allgather_numbers(context, kDataTag, splits, static_cast<std::int64_t>(num_ranks));
+
+  GatheredTensor gathered{nullptr, tensor.shape, {}};
+  for (std::size_t from = 0; from < num_ranks; ++from)
+    gathered.rows_from.push_back(splits[from * num_ranks + self]);
+  gathered.shape.front() =
+      std::accumulate(gathered.rows_from.begin(), gathered.rows_from.end(), std::int64_t{0});
+  gathered.memory =
+      std::make_shared<Buffer>(static_cast<std::size_t>(gathered.shape.front() * width));
+
+  pack(context, request, plan, workspace);
+  std::vector<SendPart> sends;
+  std::vector<RecvPart> receives;
+  const char* from_here = static_cast<const char*>(workspace.data.data());
+  char* to_here = static_cast<char*>(gathered.memory->data());
+  for (std::size_t peer = 0; peer < num_ranks; ++peer) {
+    const std::int64_t send_bytes = request.splits[peer] * width;
+    const std::int64_t receive_bytes = gathered.rows_from[peer] * width;
+    if (peer == self)
+      copy(to_here, from_here, send_bytes);
+    else {
+      if (send_bytes > 0) sends.push_back({static_cast<Rank>(peer), from_here, send_bytes});
+      if (receive_bytes > 0) receives.push_back({static_cast<Rank>(peer), to_here, receive_bytes});
+    }
+    from_here += send_bytes;
+    to_here += receive_bytes;
+  }
+  co_await context.transport.start(kDataTag, sends, receives);
+  result.gathered.push_back(std::move(gathered));
+}
+
+Task nothing() { co_return; }
+
+}  // namespace
+
+void Workspace::reserve(const Plan& plan) {
+  data.reserve(static_cast<std::size_t>(plan.fused_bytes));
+  scratch.reserve(static_cast<std::size_t>(plan.scratch_bytes));
+  stats.reserve(static_cast<std::size_t>(plan.stats_numel) * sizeof(double));
+}
+
+std::int64_t Workspace::bytes() const {
+  return static_cast<std::int64_t>(data.bytes() + scratch.bytes());
+}
+
+void Workspace::leak() {
+  data.leak();
+  scratch.leak();
+  stats.leak();
+}
+
+Task execute(Context context, const Request& request, const Plan& plan, Workspace& workspace,
+             Result& result) {
+  switch (request.collective) {
+    case Collective::allreduce:
+      return execute_allreduce(context, request, plan, workspace, result);
+    case Collective::reducescatter:
+      return execute_reducescatter(context, request, plan, workspace);
+    case Collective::broadcast:
+      return execute_broadcast(context, request, plan, workspace);
+    case Collective::allgather:
+      return execute_allgather(context, request, result);
+    case Collective::alltoall:
+      return execute_alltoall(context, request, plan, workspace, result);
+    case Collective::barrier:
+    case Collective::add_process_set:
+      break;
+  }
+  return nothing();
+}
+
+}  // namespace adareduce

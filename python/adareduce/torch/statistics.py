@@ -1,0 +1,215 @@
+"""Reductions that also say what they saw: variance and norm, orthogonality, non-finite elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from adareduce import _core
+from adareduce.ops import ReduceOp
+from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
+from adareduce.torch.allreduce import start_allreduce
+from adareduce.torch.handles import FLOAT_DTYPES, Handle, check_tensors, dtype_code, synchronize
+
+
+class ReductionStats(NamedTuple):
+    """What a reduction of L tensors in K groups found out; the same bits on all ranks.
+
+    Attributes:
+        groups: float64 (K, 4), for Average and Sum: sum over the ranks of |g_i|^2, |mean|^2, and
+            the unbiased estimates sigma^2 and mu^2 (NaN on one rank). None for Adasum.
+        orthogonality: float64 (L,), for Adasum: |Adasum|^2 / sum |g_i|^2, between 0 and 1. None
+            for the others.
+        nonfinite: int64 (L,): how many elements of each result are infinite or not a number.
+    """
+
+    groups: torch.Tensor | None
+    orthogonality: torch.Tensor | None
+    nonfinite: torch.Tensor
+
+
+def grouped_allreduce_with_stats_async_(
+    tensors: Sequence[torch.Tensor],
+    groups: Sequence[int] | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``grouped_allreduce_async_``; ``synchronize`` returns the tensors and ReductionStats.
+
+    The statistics come out of the reduction itself, without another message or another pass over
+    the data. They are those of the tensors after ``prescale_factor`` and before
+    ``postscale_factor``; squares are added in float64 and the mean is taken before it is rounded.
+
+    Args:
+        tensors: float16, bfloat16, float32 or float64 CPU tensors, as there.
+        groups: For each tensor the number of its group, in [0, len(tensors)), equal on all ranks;
+            one group by default.
+        name: Equal on all ranks; in use until the handle is synchronised.
+        op: Average (default), Sum or Adasum.
+        prescale_factor: Multiplies every element before the reduction.
+        postscale_factor: Multiplies every element of the result.
+        process_set: The ranks that take part.
+
+    Raises:
+        TypeError: A tensor is not of a float type.
+        ValueError: ``groups`` does not fit the tensors, or as for ``grouped_allreduce_async_``.
+        HorovodInternalError: The process set is broken.
+
+    Source: arXiv 2007.05105, section 3; arXiv 2006.02924; docs/algorithms.md.
+    """
+    tensors = list(tensors)
+    return _start(tensors, tensors, groups, name, op, prescale_factor, postscale_factor,
+                  process_set)  # fmt: skip
+
+
+def grouped_allreduce_with_stats_async(
+    tensors: Sequence[torch.Tensor],
+    groups: Sequence[int] | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> Handle:
+    """As ``grouped_allreduce_with_stats_async_``, into new tensors."""
+    return _start(list(tensors), None, groups, name, op, prescale_factor, postscale_factor,
+                  process_set)  # fmt: skip
+
+
+def grouped_allreduce_with_stats_(
+    tensors: Sequence[torch.Tensor],
+    groups: Sequence[int] | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> tuple[list[torch.Tensor], ReductionStats]:
+    """As ``grouped_allreduce_with_stats_async_``, but waits."""
+    handle = grouped_allreduce_with_stats_async_(
+        tensors, groups, name, op, prescale_factor, postscale_factor, process_set
+    )
+    result: tuple[list[torch.Tensor], ReductionStats] = synchronize(handle)
+    return result
+
+
+def grouped_allreduce_with_stats(
+    tensors: Sequence[torch.Tensor],
+    groups: Sequence[int] | None = None,
+    name: str | None = None,
+    op: ReduceOp | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    process_set: ProcessSet = global_process_set,
+) -> tuple[list[torch.Tensor], ReductionStats]:
+    """As ``grouped_allreduce_with_stats_``, into new tensors. Cannot be differentiated."""
+    handle = grouped_allreduce_with_stats_async(
+        tensors, groups, name, op, prescale_factor, postscale_factor, process_set
+    )
+    result: tuple[list[torch.Tensor], ReductionStats] = synchronize(handle)
+    return result
+
+
+def local_adasum(
+    workers: Sequence[Sequence[torch.Tensor]],
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Adasum of several workers' tensors that all lie on this rank: micro-batches, for example.
+
+    Uses the tree and the kernels of ``allreduce(op=Adasum)``. Not collective, needs no ``init``;
+    blocks.
+
+    Args:
+        workers: For each worker its tensors: CPU, float16, bfloat16, float32 or float64, of the
+            same shapes and dtypes for all workers. They stay as they are.
+
+    Returns:
+        The combined tensors, contiguous, and float64 (L,) orthogonality as in ReductionStats.
+
+    Raises:
+        TypeError: A tensor is not of a float type.
+        ValueError: No workers, or their tensors do not match.
+
+    Source: arXiv 2006.02924; docs/algorithms.md.
+    """
+    rows = [[tensor.detach().contiguous() for tensor in worker] for worker in workers]
+    if not rows:
+        raise ValueError("local_adasum: workers must have at least one entry, got none")
+    for number, row in enumerate(rows):
+        check_tensors("local_adasum", row, in_place=False)
+        _check_floats("local_adasum", row)
+        shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in row]
+        expected = [(tuple(tensor.shape), tensor.dtype) for tensor in rows[0]]
+        if shapes != expected:
+            raise ValueError(
+                f"local_adasum: worker {number} must have tensors of the shapes and dtypes of"
+                f" worker 0, {expected}, got {shapes}"
+            )
+    results = [torch.empty_like(tensor) for tensor in rows[0]]
+    orthogonality = _core.local_adasum(
+        len(rows),
+        [
+            (
+                result.numel(),
+                dtype_code(result.dtype),
+                [row[place].data_ptr() for row in rows],
+                result.data_ptr(),
+            )
+            for place, result in enumerate(results)
+        ],
+    )
+    return results, torch.tensor(orthogonality, dtype=torch.float64, device="cpu")
+
+
+def _start(
+    tensors: list[torch.Tensor],
+    outputs: list[torch.Tensor] | None,
+    groups: Sequence[int] | None,
+    name: str | None,
+    op: ReduceOp | None,
+    prescale_factor: float,
+    postscale_factor: float,
+    process_set: ProcessSet,
+) -> Handle:
+    function = "grouped_allreduce_with_stats"
+    with rejected_on_all_ranks(process_set):
+        check_tensors(function, tensors, in_place=False)
+        _check_floats(function, tensors)
+        numbers = [0] * len(tensors) if groups is None else [int(group) for group in groups]
+        if len(numbers) != len(tensors) or any(not 0 <= n < len(tensors) for n in numbers):
+            raise ValueError(
+                f"{function}: groups must be a number in [0, {len(tensors)}) for each of the"
+                f" {len(tensors)} tensors, got {numbers}"
+            )
+        if op not in (None, ReduceOp.Average, ReduceOp.Sum, ReduceOp.Adasum):
+            raise ValueError(f"{function}: op must be Average, Sum or Adasum, got {op!r}")
+
+    def finish(
+        request: _core.Handle, results: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], ReductionStats]:
+        rows, orthogonality, nonfinite = request.statistics()
+        is_adasum = op == ReduceOp.Adasum
+        return results, ReductionStats(
+            None
+            if is_adasum
+            else torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1, 4),
+            torch.tensor(orthogonality, dtype=torch.float64, device="cpu") if is_adasum else None,
+            torch.tensor(nonfinite, dtype=torch.int64, device="cpu"),
+        )
+
+    return start_allreduce(function, tensors, outputs, None, name, op, prescale_factor,
+                           postscale_factor, process_set, in_place=outputs is not None,
+                           groups=numbers, finish=finish)  # fmt: skip
+
+
+def _check_floats(function: str, tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{function}: dtype must be float16, bfloat16, float32 or float64, got"
+                f" {str(tensor.dtype).removeprefix('torch.')}"
+            )
