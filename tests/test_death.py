@@ -205,7 +205,7 @@ ENDINGS = {
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
         "KeyboardInterrupt",
     ),
-    "own error in a call": ("hvd.allreduce(torch.ones(3, dtype=torch.int32))", "TypeError"),
+    "own error in a call": ("hvd.allreduce(torch.ones(3, dtype=torch.bool))", "TypeError"),
 }
 
 

@@ -2,6 +2,7 @@
 // disagreements, rejections, overlapping process sets, departures, engines destroyed in the middle
 // of their work, ranks that never answer. Every result is checked against exact numbers. Memory is
 // exactly as large as the tensors and is given back as soon as a handle has ended.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -170,7 +171,8 @@ std::vector<std::int64_t> random_numels(Random& random) {
   return numels;
 }
 
-// Sum and Average of whole numbers; Adasum of vectors with disjoint supports, which is their sum.
+// Reductions of whole numbers, products rounded after each factor; Adasum of vectors with disjoint
+// supports, which is their sum.
 template <typename T>
 Job submit_allreduce(Engine& engine, int process_set, int step, ReduceOp op, Rank rank, int size,
                      const std::vector<std::int64_t>& numels) {
@@ -198,9 +200,15 @@ Job submit_allreduce(Engine& engine, int process_set, int step, ReduceOp op, Ran
     self.handle->rethrow();
     for (std::size_t t = 1; t < self.memory.size(); t += 2)
       check_equal<T>(*self.memory[t], [&](std::int64_t i) {
-        double total = 0;
-        for (Rank owner = 0; owner < size; ++owner) total += value(owner, i);
-        return op == ReduceOp::average ? total / size : total;
+        double result = value(0, i);
+        for (Rank owner = 1; owner < size; ++owner) {
+          const double next = value(owner, i);
+          result = op == ReduceOp::min       ? std::min(result, next)
+                   : op == ReduceOp::max     ? std::max(result, next)
+                   : op == ReduceOp::product ? static_cast<double>(static_cast<T>(result * next))
+                                             : result + next;
+        }
+        return op == ReduceOp::average ? result / size : result;
       });
   };
   return job;

@@ -73,7 +73,7 @@ def test_a_name_is_in_use_until_its_handle_is_synchronised():
 
 def test_a_name_is_free_again_after_an_error(rank, size):
     with pytest.raises((TypeError, hvd.HorovodInternalError)):
-        hvd.allreduce(torch.ones(3, dtype=torch.int32 if rank == 0 else torch.float32), name="y")
+        hvd.allreduce(torch.ones(3, dtype=torch.bool if rank == 0 else torch.float32), name="y")
     assert_equal(hvd.allreduce(torch.ones(3), name="y", op=hvd.Sum), torch.full((3,), float(size)))
 
 
