@@ -1,0 +1,1 @@
+"""``python -m adareduce.bench``: how fast, and how right, the collectives are on this machine."""

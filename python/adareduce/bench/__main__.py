@@ -1,0 +1,178 @@
+"""``python -m adareduce.bench``: one row per size, printed as soon as it is measured."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+import adareduce.torch as hvd
+from adareduce.bench import machine, plot
+from adareduce.bench.arguments import Settings, parse
+from adareduce.bench.cases import Allreduce, Case, make_case
+from adareduce.bench.inputs import poison
+from adareduce.bench.oracles import squared_norms
+from adareduce.bench.peers import Peers
+from adareduce.bench.ranks import Ranks
+from adareduce.bench.report import (
+    IN_PLACE,
+    OUT_OF_PLACE,
+    Form,
+    Other,
+    Row,
+    Table,
+    row_dtype,
+    to_json,
+)
+from adareduce.bench.timing import Contender, measure, ratio_of_medians, summarise
+from adareduce.bench.verification import count_wrong
+
+_PLAIN, _STATS = "plain", "stats"
+# Sums of squares are exact up to roundings of doubles; their order is the library's affair.
+_STATS_TOLERANCE = 1e-9
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the benchmark. Collective, blocks.
+
+    Returns:
+        The exit status: 1 if an element was wrong.
+    """
+    settings = parse(arguments)
+    hvd.init()
+    ranks = Ranks()
+    try:
+        return _run(settings, ranks)
+    except hvd.HorovodInternalError:
+        raise  # on every rank
+    except Exception:
+        # The others may wait for this rank in MPI, which would not tell them.
+        traceback.print_exc()
+        ranks.abort()
+        return 1
+
+
+def _run(settings: Settings, ranks: Ranks) -> int:
+    table = Table(settings)
+    ranks.print(table.header(ranks.gather(_placement(ranks.rank))))
+    origin = machine.describe() if ranks.rank == 0 else {}
+    peers = Peers(ranks) if settings.peers else None
+    rows = []
+    for size in settings.sizes():
+        row = _measure_row(make_case(settings, size, ranks.rank, ranks.size), ranks, peers)
+        rows.append(row)
+        ranks.print(table.line(row))
+        if settings.json and ranks.rank == 0:
+            with open(settings.json, "a", encoding="utf-8") as file:
+                file.write(to_json(row, settings, ranks.hosts, origin) + "\n")
+    if peers is not None:
+        peers.close()
+    ranks.print(table.trailer(rows))
+    if settings.plot and ranks.rank == 0:
+        plot.draw(rows, f"{settings.collective}, {ranks.size} ranks", settings.plot)
+    return 1 if any(row.wrong() for row in rows) else 0
+
+
+def _measure_row(case: Case, ranks: Ranks, peers: Peers | None) -> Row:
+    settings = case.settings
+    buffers = [tensor.clone() for tensor in case.inputs]
+    wrong = _check(case, ranks, buffers)
+    contenders = [Contender(OUT_OF_PLACE, case.run)]
+
+    def restore() -> None:
+        case.restore(buffers)
+
+    if case.runs_in_place:
+        contenders.append(Contender(IN_PLACE, lambda: case.run_in_place(buffers), restore))
+    if settings.stats and isinstance(case, Allreduce):
+        contenders.append(Contender(_PLAIN, lambda: case.run_plain(buffers), restore))
+        contenders.append(Contender(_STATS, lambda: case.run_with_stats(buffers), restore))
+    able, missing = peers.contenders(case) if peers is not None else ([], {})
+    seconds = measure([*contenders, *able], ranks, settings.warmup_iters, settings.iters)
+
+    ours = seconds[IN_PLACE if case.runs_in_place else OUT_OF_PLACE]
+    others = {
+        peer.name: Other(summarise(seconds[peer.name]), ratio_of_medians(seconds[peer.name], ours))
+        for peer in able
+    }
+    if settings.stats:
+        ratio = ratio_of_medians(seconds[_STATS], seconds[_PLAIN])
+        others[_STATS] = Other(summarise(seconds[_STATS]), ratio)
+    return Row(
+        collective=settings.collective,
+        num_bytes=case.num_bytes,
+        count=case.count,
+        dtype=row_dtype(settings),
+        redop=case.redop,
+        root=case.root,
+        tensors=len(case.inputs),
+        factor=case.factor(ranks.size),
+        forms={name: Form(summarise(seconds[name]), wrong[name]) for name in wrong},
+        others=others,
+        missing=missing,
+    )
+
+
+def _check(case: Case, ranks: Ranks, buffers: list[torch.Tensor]) -> dict[str, int | None]:
+    """Wrong elements of each form that the case has; None where nothing is checked."""
+    forms = [OUT_OF_PLACE, IN_PLACE] if case.runs_in_place else [OUT_OF_PLACE]
+    if not case.settings.check:
+        return dict.fromkeys(forms)
+    expected = case.expected()
+    found: dict[str, int | None] = {}
+    for form in forms:
+        calls = []
+        for _ in range(2):
+            if form == IN_PLACE:
+                case.restore(buffers)
+                calls.append([output.clone() for output in case.run_in_place(buffers)])
+            else:
+                _poison_free_memory(case, [sum(s.numel for s in output) for output in expected])
+                calls.append(case.run())
+        first, second = calls
+        found[form] = count_wrong(
+            ranks, first, second, expected, case.dtype, ranks_agree=case.ranks_agree
+        )
+    if case.settings.stats and isinstance(case, Allreduce):
+        found[IN_PLACE] = (found[IN_PLACE] or 0) + _count_wrong_with_stats(case, ranks, buffers)
+    return found
+
+
+def _count_wrong_with_stats(case: Allreduce, ranks: Ranks, buffers: list[torch.Tensor]) -> int:
+    """As for the other forms; a wrong sum of squares counts as one element per rank."""
+    calls = []
+    stats = None
+    for _ in range(2):
+        case.restore(buffers)
+        outputs, stats = case.run_with_stats(buffers)
+        calls.append([output.clone() for output in outputs])
+    first, second = calls
+    wrong = count_wrong(ranks, first, second, case.expected(), case.dtype, ranks_agree=True)
+    if stats is not None and stats.groups is not None:
+        total = sum(
+            squared_norms(case.periods(index), numel) for index, numel in enumerate(case.numels)
+        )
+        is_wrong = not abs(float(stats.groups[0, 0]) - total) <= _STATS_TOLERANCE * total
+        wrong += sum(ranks.gather(int(is_wrong)))
+    return wrong
+
+
+def _poison_free_memory(case: Case, numels: list[int]) -> None:
+    # The library makes the outputs itself; it often gets the memory that was freed last.
+    freed = [poison(torch.empty(numel, dtype=case.dtype)) for numel in numels]
+    del freed
+
+
+def _placement(rank: int) -> str:
+    return (
+        f" Rank {rank:>2} Pid {os.getpid():>6} on {socket.gethostname():>10} device cpu"
+        f" [{machine.cpu_model()}]"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
