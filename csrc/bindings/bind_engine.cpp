@@ -40,7 +40,8 @@ using TensorTuple = std::tuple<std::vector<std::int64_t>, int, std::uintptr_t, s
 
 Request make_request(int collective, std::string name, int op, Rank root, double prescale,
                      double postscale, const std::vector<TensorTuple>& tensors,
-                     std::vector<std::int64_t> splits, bool has_statistics) {
+                     std::vector<std::int64_t> splits, bool has_statistics,
+                     std::vector<double> local_squares) {
   Request request;
   request.collective = static_cast<Collective>(collective);
   request.name = std::move(name);
@@ -50,6 +51,7 @@ Request make_request(int collective, std::string name, int op, Rank root, double
   request.postscale = postscale;
   request.splits = std::move(splits);
   request.has_statistics = has_statistics;
+  request.local_squares = std::move(local_squares);
   for (const auto& [shape, dtype, input, output, strides, group] : tensors)
     request.tensors.push_back({shape, static_cast<DType>(dtype),
                                reinterpret_cast<const void*>(input),
@@ -130,15 +132,17 @@ void bind_engine(py::module_& module) {
           "submit",
           [](EngineHolder& self, int process_set, int collective, std::string name, int op,
              Rank root, double prescale, double postscale, const std::vector<TensorTuple>& tensors,
-             std::vector<std::int64_t> splits, bool has_statistics) {
+             std::vector<std::int64_t> splits, bool has_statistics,
+             std::vector<double> local_squares) {
             return self.get().submit(
-                process_set, make_request(collective, std::move(name), op, root, prescale,
-                                          postscale, tensors, std::move(splits), has_statistics));
+                process_set,
+                make_request(collective, std::move(name), op, root, prescale, postscale, tensors,
+                             std::move(splits), has_statistics, std::move(local_squares)));
           },
           py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
           py::arg("op"), py::arg("root"), py::arg("prescale"), py::arg("postscale"),
           py::arg("tensors"), py::arg("splits") = std::vector<std::int64_t>(),
-          py::arg("has_statistics") = false)
+          py::arg("has_statistics") = false, py::arg("local_squares") = std::vector<double>())
       .def(
           "reject",
           [](EngineHolder& self, int process_set, bool is_barrier, const std::string& reason) {

@@ -8,5 +8,6 @@ void bind_errors(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_local(pybind11::module_& module);
 void bind_testing(pybind11::module_& module);
+void bind_timing(pybind11::module_& module);
 
 }  // namespace adareduce

@@ -22,6 +22,10 @@ Task sharded_allreduce(Context context, const AllreducePlan& plan, FusedBuffer b
   std::fill_n(stats.begin(), num_squares, 0.0);
   co_await reduce_scatter(context, buffer, shards, reduction_of(plan.op, context.transport.size()),
                           {plan.group_of.data(), plan.num_groups, stats.data()});
+  // A sum over all ranks of what each has contributed, wherever it comes from: in the place of its
+  // shard's squares.
+  for (std::int64_t g = 0; output.local_squares != nullptr && g < plan.num_groups; ++g)
+    stats[static_cast<std::size_t>(g * kSquaresPerGroup)] = output.local_squares[g];
   if (num_squares > 0)
     std::memcpy(at(buffer.data, shards.shard(self).end, width), stats.data(), tail_bytes);
 

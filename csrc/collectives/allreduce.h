@@ -25,6 +25,8 @@ struct AllreducePlan {
 struct StatisticsOutput {
   double* squares = nullptr;        ///< [groups][kSquaresPerGroup] over everything; added to
   double* orthogonality = nullptr;  ///< [segments]; docs/algorithms.md, "Orthogonality"
+  /// [groups], this rank's share of the first square instead of that of its data; may be null.
+  const double* local_squares = nullptr;
 };
 
 AllreducePlan make_adasum_plan(Rank rank, int size, std::int64_t numel, std::int64_t num_segments,

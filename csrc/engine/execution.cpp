@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "base/errors.h"
@@ -70,13 +71,18 @@ std::span<double> stats_of(const Plan::Part& part, Workspace& workspace) {
           static_cast<std::size_t>(part.reduction.stats_numel)};
 }
 
-// {sum |g_i|^2, |sum g_i|^2} of each group become {sum |g_i|^2, |mean|^2, sigma^2, mu^2}.
-std::vector<double> group_statistics(std::span<const double> squares, int num_ranks) {
+// {sum |g_i|^2, |sum g_i|^2} of each group become {sum |g_i|^2, |mean|^2, sigma^2, mu^2}. Where the
+// squares were given, it is not known of how many gradients, and there are no estimates.
+std::vector<double> group_statistics(std::span<const double> squares, int num_ranks,
+                                     bool are_given) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  constexpr VarianceAndNorm kUnknown{kNan, kNan};
   std::vector<double> rows;
   for (std::size_t i = 0; i < squares.size(); i += kSquaresPerGroup) {
     const double scale = num_ranks;
     const double of_mean = squares[i + 1] / (scale * scale);
-    const VarianceAndNorm estimate = variance_and_norm(squares[i], of_mean, scale);
+    const VarianceAndNorm estimate =
+        are_given ? kUnknown : variance_and_norm(squares[i], of_mean, scale);
     rows.insert(rows.end(), {squares[i], of_mean, estimate.variance, estimate.squared_norm});
   }
   return rows;
@@ -89,15 +95,18 @@ Task execute_allreduce(Context context, const Request& request, const Plan& plan
   ReductionStatistics& statistics = result.statistics;
   const bool has_orthogonality = request.has_statistics && request.op == ReduceOp::adasum;
   statistics.orthogonality.resize(has_orthogonality ? request.tensors.size() : 0);
+  std::vector<double> local_squares = request.local_squares;
   for (const Plan::Part& part : plan.parts) {
     std::vector<double> of_part(has_orthogonality ? part.tensors.size() : 0);
     co_await allreduce(context, part.reduction, fused_buffer(part, workspace),
                        stats_of(part, workspace),
-                       {squares.data(), has_orthogonality ? of_part.data() : nullptr});
+                       {squares.data(), has_orthogonality ? of_part.data() : nullptr,
+                        local_squares.empty() ? nullptr : local_squares.data()});
+    std::ranges::fill(local_squares, 0.0);  // they count once
     for (std::size_t t = 0; t < of_part.size(); ++t)
       statistics.orthogonality[part.tensors[t]] = of_part[t];
   }
-  statistics.groups = group_statistics(squares, context.transport.size());
+  statistics.groups = group_statistics(squares, context.transport.size(), !local_squares.empty());
   if (request.has_statistics) statistics.nonfinite.resize(request.tensors.size());
   // Only now: all tensors are written, or none.
   unpack(context, request, plan, workspace,

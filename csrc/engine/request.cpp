@@ -133,6 +133,10 @@ void check(const Request& request, int num_ranks) {
                                   request.op != ReduceOp::adasum)))
     refuse("op must be Average, Sum or Adasum where statistics are wanted, got ",
            name_of(request.op));
+  if (!request.local_squares.empty() &&
+      static_cast<std::int64_t>(request.local_squares.size()) != request.num_groups())
+    refuse("local_squares must have one entry for each of ", request.num_groups(), " groups, got ",
+           request.local_squares.size());
   if (request.collective == Collective::alltoall) {
     if (request.tensors.size() != 1) refuse("one tensor is needed, got ", request.tensors.size());
     std::int64_t rows = 0;
@@ -158,7 +162,8 @@ Signature signature_of(const Request& request) {
     hasher.add(static_cast<std::uint64_t>(request.op))
         .add(request.prescale)
         .add(request.postscale)
-        .add(static_cast<std::uint64_t>(request.has_statistics));
+        .add(static_cast<std::uint64_t>(request.has_statistics))
+        .add(static_cast<std::uint64_t>(request.local_squares.size()));
   if (request.collective == Collective::broadcast)
     hasher.add(static_cast<std::uint64_t>(request.root));
   hasher.add(static_cast<std::uint64_t>(request.tensors.size()));
@@ -198,7 +203,7 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
     add("prescale_factor", number_text(request.prescale));
     add("postscale_factor", number_text(request.postscale));
     if (request.has_statistics) {
-      add("statistics", "wanted");
+      add("statistics", request.local_squares.empty() ? "wanted" : "wanted with local_squares");
       std::vector<std::int64_t> groups;
       for (const TensorArg& tensor : request.tensors) groups.push_back(tensor.group);
       add("groups", concat("[", join_words(groups), "]"));

@@ -59,6 +59,9 @@ struct Request {
   std::vector<Rank> members;         ///< of add_process_set
   std::vector<std::int64_t> splits;  ///< of alltoall: rows for each rank; may differ between ranks
   bool has_statistics = false;       ///< of an all-reduce: they are wanted
+  /// Per group: what this rank adds to the sum of |g_i|^2 in place of the squares of its tensors,
+  /// which may be sums over several passes. Empty, on all ranks: those of the tensors.
+  std::vector<double> local_squares{};
 
   /// One more than the largest group; 0 without statistics.
   std::int64_t num_groups() const;

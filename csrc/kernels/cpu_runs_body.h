@@ -10,166 +10,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels/cpu_runs.h"
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "kernels/cpu_runs_vectors.h"
 
 namespace adareduce::cpu {
 namespace {
-
-struct Half {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Bool {
-  std::uint8_t bits;
-};
-
-constexpr int kLanes = 16;
-#if defined(__AVX512F__)
-constexpr int kWidth = 8;  // doubles in a register
-#elif defined(__AVX2__)
-constexpr int kWidth = 4;
-#else
-constexpr int kWidth = 2;  // SSE2, NEON
-#endif
-constexpr int kRegisters = kLanes / kWidth;
-
-typedef double F64 __attribute__((vector_size(kWidth * 8)));
-typedef float F32 __attribute__((vector_size(kWidth * 4)));
-typedef std::uint32_t U32 __attribute__((vector_size(kWidth * 4)));
-typedef std::uint16_t U16 __attribute__((vector_size(kWidth * 2)));
-
-// ---- one element
-// ----------------------------------------------------------------------------------------------
-
-template <typename To, typename From>
-To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// Branches would keep the loops around these from becoming vectors.
-std::uint32_t choose(bool condition, std::uint32_t yes, std::uint32_t no) {
-  const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
-}
-
-float single_of(Half value) {
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fff) << 13;
-  // The exponent moves from bias 15 to bias 127 by an exact product, which normalises subnormals.
-  const auto finite = bits_as<std::uint32_t>(bits_as<float>(magnitude) * 0x1p112f);
-  const std::uint32_t quiet = choose(magnitude > 0x0f800000u, 0x00400000u, 0u);
-  const std::uint32_t special = choose(magnitude >= 0x0f800000u, 0x7f800000u | quiet, 0u);
-  return bits_as<float>(finite | special | static_cast<std::uint32_t>(value.bits & 0x8000) << 16);
-}
-
-Half half_of(float value) {
-  const auto bits = bits_as<std::uint32_t>(value);
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  const std::uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-  // Half's subnormals are multiples of 2^-24, the spacing of floats from 1/2 on.
-  const std::uint32_t tiny =
-      bits_as<std::uint32_t>(bits_as<float>(magnitude) + 0.5f) - bits_as<std::uint32_t>(0.5f);
-  std::uint32_t half = choose(magnitude < 0x38800000u, tiny, normal);
-  half = choose(magnitude >= 0x47800000u, 0x7c00u, half);
-  half = choose(magnitude > 0x7f800000u, 0x7e00u | (magnitude >> 13 & 0x3ffu), half);
-  return {static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000u))};
-}
-
-float single_of(BFloat16 value) {
-  return bits_as<float>(static_cast<std::uint32_t>(value.bits) << 16);
-}
-
-BFloat16 bfloat16_of(float value) {
-  const auto bits = bits_as<std::uint32_t>(value);
-  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const std::uint32_t nan = bits >> 16 | 0x40u;
-  return {static_cast<std::uint16_t>(choose((bits & 0x7fffffffu) > 0x7f800000u, nan, rounded))};
-}
-
-// ---- kWidth elements as doubles, or as floats
-// ------------------------------------------------------------------------------------------------
-
-template <typename V>
-V load_bits(const void* from) {
-  V value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
-
-F32 singles(const float* in) { return load_bits<F32>(in); }
-
-F32 singles(const BFloat16* in) {
-  return bits_as<F32>(__builtin_convertvector(load_bits<U16>(in), U32) << 16);
-}
-
-F32 singles(const Half* in) {
-#if defined(__AVX512F__)
-  return bits_as<F32>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
-#elif defined(__AVX2__)
-  return bits_as<F32>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in))));
-#else
-  F32 value;
-  for (int lane = 0; lane < kWidth; ++lane) value[lane] = single_of(in[lane]);
-  return value;
-#endif
-}
-
-void put(F32 value, float* out) { __builtin_memcpy(out, &value, sizeof value); }
-
-void put(F32 value, BFloat16* out) {
-  const auto bits = bits_as<U32>(value);
-  const U32 rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  const auto is_nan = bits_as<U32>((bits & 0x7fffffffu) > 0x7f800000u);
-  const U32 chosen = ((bits >> 16 | 0x40u) & is_nan) | (rounded & ~is_nan);
-  const U16 narrow = __builtin_convertvector(chosen, U16);
-  __builtin_memcpy(out, &narrow, sizeof narrow);
-}
-
-void put(F32 value, Half* out) {
-#if defined(__AVX512F__)
-  const __m128i narrow = _mm256_cvtps_ph(bits_as<__m256>(value), _MM_FROUND_TO_NEAREST_INT);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), narrow);
-#elif defined(__AVX2__)
-  const __m128i narrow = _mm_cvtps_ph(bits_as<__m128>(value), _MM_FROUND_TO_NEAREST_INT);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), narrow);
-#else
-  for (int lane = 0; lane < kWidth; ++lane) out[lane] = half_of(value[lane]);
-#endif
-}
-
-template <typename T>
-F64 doubles(const T* in) {
-  return __builtin_convertvector(singles(in), F64);
-}
-F64 doubles(const double* in) { return load_bits<F64>(in); }
-
-template <typename T>
-void put(F64 value, T* out) {
-  put(__builtin_convertvector(value, F32), out);
-}
-void put(F64 value, double* out) { __builtin_memcpy(out, &value, sizeof value); }
-
-// sum + a * b. For T up to float32 the product is exact, and fused is the same as separate.
-template <typename T>
-F64 add_product(F64 sum, F64 a, F64 b) {
-#if defined(__AVX512F__)
-  if constexpr (!std::is_same_v<T, double>)
-    return bits_as<F64>(
-        _mm512_fmadd_pd(bits_as<__m512d>(a), bits_as<__m512d>(b), bits_as<__m512d>(sum)));
-#elif defined(__AVX2__)
-  if constexpr (!std::is_same_v<T, double>)
-    return bits_as<F64>(
-        _mm256_fmadd_pd(bits_as<__m256d>(a), bits_as<__m256d>(b), bits_as<__m256d>(sum)));
-#endif
-  return sum + a * b;
-}
 
 // ---- sums in 16 lanes
 // ------------------------------------------------------------------------------------------------
@@ -210,7 +54,11 @@ void pair_stats(const void* lower_memory, const void* upper_memory, std::int64_t
     }
   };
   std::int64_t i = 0;
-  for (; i + kLanes <= numel; i += kLanes) add(lower + i, upper + i);
+  for (; i + kLanes <= numel; i += kLanes) {
+    prefetch(lower + i);
+    prefetch(upper + i);
+    add(lower + i, upper + i);
+  }
   if (i < numel) {
     const Tail<T> l(lower + i, numel - i), u(upper + i, numel - i);
     add(l.elements, u.elements);
@@ -220,15 +68,20 @@ void pair_stats(const void* lower_memory, const void* upper_memory, std::int64_t
   stats[2] = upper_sq.total();
 }
 
-// Calls body(in + i, out + i) for every kWidth elements; the last ones come in a padded copy.
+constexpr int kPair = 2 * kWidth;
+
+// out[i ...] = value_of(i, kWidth) for every register of elements; for the last one, of `count`
+// elements, value_of(i, count), which must not read beyond them.
 template <typename T, typename Body>
-void for_each_register(std::int64_t numel, T* out, Body&& body) {
+void write_pairs(std::int64_t numel, T* out, Body&& value_of) {
   std::int64_t i = 0;
-  for (; i + kWidth <= numel; i += kWidth) body(i, out + i, kWidth);
-  if (i < numel) {
+  for (; i + kPair <= numel; i += kPair)
+    put_both(value_of(i, kWidth), value_of(i + kWidth, kWidth), out + i);
+  for (; i < numel; i += kWidth) {
+    const std::int64_t count = numel - i < kWidth ? numel - i : kWidth;
     T last[kWidth];
-    body(i, last, numel - i);
-    __builtin_memcpy(out + i, last, static_cast<std::size_t>(numel - i) * sizeof(T));
+    put(value_of(i, count), last);
+    __builtin_memcpy(out + i, last, static_cast<std::size_t>(count) * sizeof(T));
   }
 }
 
@@ -242,20 +95,22 @@ void pair_combine(const void* lower_memory, const void* upper_memory, std::int64
                   double lower_share, double upper_share, void* out) {
   const T* lower = static_cast<const T*>(lower_memory);
   const T* upper = static_cast<const T*>(upper_memory);
-  for_each_register(numel, static_cast<T*>(out),
-                    [&](std::int64_t i, T* to, std::int64_t count) __attribute__((always_inline)) {
-                      put(lower_share * doubles_of_some(lower + i, count) +
-                              upper_share * doubles_of_some(upper + i, count),
-                          to);
-                    });
+  write_pairs(numel, static_cast<T*>(out),
+              [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+                prefetch(lower + i);
+                prefetch(upper + i);
+                return lower_share * doubles_of_some(lower + i, count) +
+                       upper_share * doubles_of_some(upper + i, count);
+              });
 }
 
 // ---- scaling
 // --------------------------------------------------------------------------------------------------
 
 template <typename T>
-constexpr bool kIsFloat =
-    std::is_floating_point_v<T> || std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>;
+constexpr bool kIsHalf = std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>;
+template <typename T>
+constexpr bool kIsFloat = std::is_floating_point_v<T> || kIsHalf<T>;
 
 // Truncates; what the type cannot hold becomes its nearest value, NaN zero.
 template <typename T>
@@ -271,10 +126,9 @@ void scale(const void* in_memory, std::int64_t numel, double scale, void* out_me
   const T* in = static_cast<const T*>(in_memory);
   T* out = static_cast<T*>(out_memory);
   if constexpr (kIsFloat<T>) {
-    for_each_register(
-        numel, out, [&](std::int64_t i, T* to, std::int64_t count) __attribute__((always_inline)) {
-          put(scale * doubles_of_some(in + i, count), to);
-        });
+    write_pairs(numel, out, [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+      return scale * doubles_of_some(in + i, count);
+    });
   } else {
     for (std::int64_t i = 0; i < numel; ++i)
       out[i] = integer_of<T>(scale * static_cast<double>(in[i]));
@@ -304,10 +158,13 @@ struct AccumulatorOf<BFloat16, is_average> {
 
 template <typename T, typename A>
 void widen(const T* in, std::int64_t numel, A* out) {
-  if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>) {
+  if constexpr (kIsHalf<T>) {
     std::int64_t i = 0;
     for (; i + kWidth <= numel; i += kWidth) put(singles(in + i), out + i);
-    for (; i < numel; ++i) out[i] = single_of(in[i]);
+    if (i < numel) {
+      const F32 last = singles(Tail<T>(in + i, numel - i).elements);
+      __builtin_memcpy(out + i, &last, static_cast<std::size_t>(numel - i) * sizeof(A));
+    }
   } else if constexpr (std::is_same_v<T, Bool>) {
     for (std::int64_t i = 0; i < numel; ++i) out[i].bits = in[i].bits != 0;
   } else {
@@ -317,16 +174,12 @@ void widen(const T* in, std::int64_t numel, A* out) {
 
 template <typename A, typename T>
 void narrow(const A* in, std::int64_t numel, T* out) {
-  if constexpr (std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>) {
-    std::int64_t i = 0;
-    for (; i + kWidth <= numel; i += kWidth) put(singles(in + i), out + i);
-    if constexpr (std::is_same_v<T, Half>)
-      for (; i < numel; ++i) out[i] = half_of(in[i]);
-    else
-      for (; i < numel; ++i) out[i] = bfloat16_of(in[i]);
-  } else {
+  if constexpr (kIsHalf<T>)
+    write_pairs(numel, out, [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+      return count == kWidth ? singles(in + i) : singles(Tail<A>(in + i, count).elements);
+    });
+  else
     __builtin_memcpy(out, in, static_cast<std::size_t>(numel) * sizeof(T));
-  }
 }
 
 // NaN wins, and of equal ones the first: no instruction set has its own idea of it.
@@ -395,10 +248,9 @@ void divide_and_store(const A* block, std::int64_t numel, double divisor, T* out
     // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of
     // a float and a small integer lies close enough to the middle between two floats.
     const double reciprocal = 1.0 / divisor;
-    for_each_register(
-        numel, out, [&](std::int64_t i, T* to, std::int64_t count) __attribute__((always_inline)) {
-          put(doubles_of_some(block + i, count) * reciprocal, to);
-        });
+    write_pairs(numel, out, [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+      return doubles_of_some(block + i, count) * reciprocal;
+    });
   } else if constexpr (std::is_integral_v<T>) {
     for (std::int64_t i = 0; i < numel; ++i)
       out[i] = integer_of<T>(static_cast<double>(block[i]) / divisor);

@@ -140,6 +140,34 @@ def test_statistics_of_integers_are_exact(dtype, rank, size):
     assert stats.nonfinite.tolist() == [0, 0]
 
 
+def test_squares_of_several_passes_are_added_in_place_of_the_tensors_own(rank, size):
+    # Oracle: exact sums of small integers. Two dtypes: two parts, and yet each share counts once.
+    tensors = [torch.full((5,), 2.0), torch.full((7,), 1.0, dtype=torch.float64)]
+    shares = torch.tensor([10.0 + rank, 100.0 * rank], dtype=torch.float64)
+    (ones, _), stats = hvd.grouped_allreduce_with_stats(tensors, [0, 1], local_squares=shares)
+    ranks = sum(range(size))
+    assert ones.tolist() == [2.0] * 5
+    assert stats.groups[:, 0].tolist() == [10.0 * size + ranks, 100.0 * ranks]
+    assert stats.groups[:, 1].tolist() == [20.0, 7.0]
+    assert stats.groups[:, 2:].isnan().all(), "of how many gradients is not known"
+
+
+def test_squares_on_some_ranks_only_are_an_error_on_every_rank(rank, size):
+    if size == 1:
+        return
+    shares = torch.ones(1, dtype=torch.float64) if rank == 0 else None
+    with pytest.raises(hvd.HorovodInternalError, match="local_squares"):
+        hvd.grouped_allreduce_with_stats([torch.ones(3)], local_squares=shares)
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size
+
+
+@pytest.mark.parametrize("op", [hvd.Average, hvd.Adasum])
+def test_squares_that_do_not_fit_are_refused(op):
+    shares = torch.ones(2 if op == hvd.Average else 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"local_squares must be float64 of shape \(1,\)"):
+        hvd.grouped_allreduce_with_stats([torch.ones(3)], op=op, local_squares=shares)
+
+
 def test_statistics_of_adasum_are_orthogonality(rank, size):
     basis = torch.zeros(8)
     basis[rank] = 1.0

@@ -274,6 +274,7 @@ def start_allreduce(
     *,
     in_place: bool,
     groups: Sequence[int] | None = None,
+    local_squares: Sequence[float] = (),
     finish: Callable[[_core.Handle, list[torch.Tensor]], Any] | None = None,
 ) -> Handle:
     """What all forms have in common. ``finish`` makes the handle's result of the outputs."""
@@ -297,6 +298,7 @@ def start_allreduce(
             prescale_factor=float(prescale_factor),
             postscale_factor=float(postscale_factor),
             groups=groups,
+            local_squares=local_squares,
         )
 
     def result_of(request: _core.Handle) -> Any:

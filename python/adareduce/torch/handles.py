@@ -111,6 +111,7 @@ def submit(
     postscale_factor: float = 1.0,
     splits: Sequence[int] = (),
     groups: Sequence[int] | None = None,
+    local_squares: Sequence[float] = (),
 ) -> _core.Handle:
     """Hands dense CPU tensors to the engine and keeps them alive until it has finished.
 
@@ -140,6 +141,7 @@ def submit(
         ],
         splits=splits,
         has_statistics=groups is not None,
+        local_squares=local_squares,
     )
     with _in_flight_lock:
         _in_flight.append((request, (*inputs, *outputs)))

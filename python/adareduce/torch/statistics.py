@@ -38,6 +38,7 @@ def grouped_allreduce_with_stats_async_(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
+    local_squares: torch.Tensor | None = None,
 ) -> Handle:
     """As ``grouped_allreduce_async_``; ``synchronize`` returns the tensors and ReductionStats.
 
@@ -54,6 +55,9 @@ def grouped_allreduce_with_stats_async_(
         prescale_factor: Multiplies every element before the reduction.
         postscale_factor: Multiplies every element of the result.
         process_set: The ranks that take part.
+        local_squares: float64 (K,), on all ranks or none: this rank's share of the first column,
+            where that is not its tensors' squares but a sum over several backward passes. The
+            estimates are NaN then. Not for Adasum.
 
     Raises:
         TypeError: A tensor is not of a float type.
@@ -64,7 +68,7 @@ def grouped_allreduce_with_stats_async_(
     """
     tensors = list(tensors)
     return _start(tensors, tensors, groups, name, op, prescale_factor, postscale_factor,
-                  process_set)  # fmt: skip
+                  process_set, local_squares)  # fmt: skip
 
 
 def grouped_allreduce_with_stats_async(
@@ -75,10 +79,11 @@ def grouped_allreduce_with_stats_async(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
+    local_squares: torch.Tensor | None = None,
 ) -> Handle:
     """As ``grouped_allreduce_with_stats_async_``, into new tensors."""
     return _start(list(tensors), None, groups, name, op, prescale_factor, postscale_factor,
-                  process_set)  # fmt: skip
+                  process_set, local_squares)  # fmt: skip
 
 
 def grouped_allreduce_with_stats_(
@@ -89,11 +94,13 @@ def grouped_allreduce_with_stats_(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
+    local_squares: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], ReductionStats]:
     """As ``grouped_allreduce_with_stats_async_``, but waits."""
     handle = grouped_allreduce_with_stats_async_(
-        tensors, groups, name, op, prescale_factor, postscale_factor, process_set
-    )
+        tensors, groups, name, op, prescale_factor, postscale_factor, process_set,
+        local_squares,
+    )  # fmt: skip
     result: tuple[list[torch.Tensor], ReductionStats] = synchronize(handle)
     return result
 
@@ -106,11 +113,13 @@ def grouped_allreduce_with_stats(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
+    local_squares: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], ReductionStats]:
     """As ``grouped_allreduce_with_stats_``, into new tensors. Cannot be differentiated."""
     handle = grouped_allreduce_with_stats_async(
-        tensors, groups, name, op, prescale_factor, postscale_factor, process_set
-    )
+        tensors, groups, name, op, prescale_factor, postscale_factor, process_set,
+        local_squares,
+    )  # fmt: skip
     result: tuple[list[torch.Tensor], ReductionStats] = synchronize(handle)
     return result
 
@@ -174,6 +183,7 @@ def _start(
     prescale_factor: float,
     postscale_factor: float,
     process_set: ProcessSet,
+    local_squares: torch.Tensor | None,
 ) -> Handle:
     function = "grouped_allreduce_with_stats"
     with rejected_on_all_ranks(process_set):
@@ -187,6 +197,7 @@ def _start(
             )
         if op not in (None, ReduceOp.Average, ReduceOp.Sum, ReduceOp.Adasum):
             raise ValueError(f"{function}: op must be Average, Sum or Adasum, got {op!r}")
+        given = _check_squares(function, local_squares, numbers, op)
 
     def finish(
         request: _core.Handle, results: list[torch.Tensor]
@@ -203,7 +214,8 @@ def _start(
 
     return start_allreduce(function, tensors, outputs, None, name, op, prescale_factor,
                            postscale_factor, process_set, in_place=outputs is not None,
-                           groups=numbers, finish=finish)  # fmt: skip
+                           groups=numbers, local_squares=given,
+                           finish=finish)  # fmt: skip
 
 
 def _check_floats(function: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -213,3 +225,18 @@ def _check_floats(function: str, tensors: Sequence[torch.Tensor]) -> None:
                 f"{function}: dtype must be float16, bfloat16, float32 or float64, got"
                 f" {str(tensor.dtype).removeprefix('torch.')}"
             )
+
+
+def _check_squares(
+    function: str, squares: torch.Tensor | None, groups: list[int], op: ReduceOp | None
+) -> list[float]:
+    if squares is None:
+        return []
+    expected = (max(groups, default=-1) + 1,)
+    if op == ReduceOp.Adasum or squares.dtype != torch.float64 or squares.shape != expected:
+        raise ValueError(
+            f"{function}: local_squares must be float64 of shape {expected}, one entry per group,"
+            f" for Average or Sum, got {squares.dtype} of shape {tuple(squares.shape)} for {op!r}"
+        )
+    values: list[float] = squares.tolist()
+    return values
