@@ -191,6 +191,35 @@ def test_variance_and_norm_come_with_the_reduction(
         assert abs(rows[group, 3] - (mean - variance / size)) <= scale
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_squares_that_the_caller_gives_count_once(size: int) -> None:
+    # Oracle: exact sums. Two dtypes are two parts of a request.
+    def body(rank: ThreadRank) -> list[float]:
+        arrays = [np.full(40, 2.0, np.float32), np.ones(1000, np.float64)]
+        given = [10.0 + rank.rank, 100.0 * rank.rank]
+        pending = rank.submit("allreduce", arrays, op="average", groups=[0, 1],
+                              local_squares=given)  # fmt: skip
+        pending.wait()
+        rows: list[float] = pending.handle.statistics()[0]
+        return rows
+
+    ranks = sum(range(size))
+    for rows in run_ranks(size, body):
+        assert rows[0::4] == [10.0 * size + ranks, 100.0 * ranks]
+        assert rows[1::4] == [160.0, 1000.0]
+        assert np.isnan([rows[2::4], rows[3::4]]).all(), "of how many gradients is not known"
+
+
+def test_squares_must_fit_the_groups() -> None:
+    def body(rank: ThreadRank) -> NDArray:
+        with pytest.raises(ValueError, match="local_squares must have one entry for each of 1"):
+            rank.submit("allreduce", [np.ones(3, np.float32)], op="average", groups=[0],
+                        local_squares=[1.0, 2.0])  # fmt: skip
+        return rank.allreduce(np.ones(1, np.float32))
+
+    run_ranks(2, body)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("op", ["average", "adasum"])
 def test_statistics_cost_no_message_and_no_pass(

@@ -100,6 +100,7 @@ class ThreadRank:
         process_set: int = 0,
         splits: Sequence[int] = (),
         groups: Sequence[int] | None = None,
+        local_squares: Sequence[float] = (),
     ) -> Pending:
         inputs = list(arrays)
         results = [np.zeros_like(array) for array in inputs] if outputs is None else list(outputs)
@@ -123,6 +124,7 @@ class ThreadRank:
             ],
             splits=splits,
             has_statistics=groups is not None,
+            local_squares=local_squares,
         )
         return Pending(self, handle, inputs, results)
 
