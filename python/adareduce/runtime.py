@@ -45,6 +45,7 @@ class ProcessSet:
         self.ranks: list[int] = [int(rank) for rank in ranks]
         self.process_set_id: int | None = None
         self.names_in_use: set[str] = set()
+        self.num_reducers = 0  # numbers the names of their requests
 
     def size(self) -> int:
         """Number of ranks in the set."""
@@ -234,6 +235,7 @@ def _adopt_process_set(process_set: ProcessSet, ranks: list[int], process_set_id
     process_set.ranks = ranks
     process_set.process_set_id = process_set_id
     process_set.names_in_use = set()
+    process_set.num_reducers = 0
     current_job().process_sets.append(process_set)
 
 
@@ -461,12 +463,21 @@ def rejected_on_all_ranks(process_set: ProcessSet, *, is_barrier: bool = False) 
     except HorovodInternalError:  # the others know
         raise
     except Exception as error:
-        job = _process.job
-        process_set_id = getattr(process_set, "process_set_id", None)
-        if job is not None and process_set_id is not None:
-            job.engine.reject(
-                process_set=process_set_id,
-                is_barrier=is_barrier,
-                reason=f"{type(error).__name__}: {error}",
-            )
+        reject_call(process_set, error, is_barrier=is_barrier)
         raise
+
+
+def reject_call(
+    process_set: ProcessSet, error: Exception, *, count: int = 1, is_barrier: bool = False
+) -> None:
+    """Takes the place of ``count`` calls that this rank will not make, because of ``error``."""
+    job = _process.job
+    process_set_id = getattr(process_set, "process_set_id", None)
+    if job is None or process_set_id is None:
+        return
+    for _ in range(count):
+        job.engine.reject(
+            process_set=process_set_id,
+            is_barrier=is_barrier,
+            reason=f"{type(error).__name__}: {error}",
+        )

@@ -11,6 +11,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# Small enough that a large model has several buckets, whose reductions overlap with backward; large
+# enough that a message's latency does not count.
+DEFAULT_FUSION_THRESHOLD = 16 * 2**20
+
 _NEVER = 1e9  # seconds, 30 years
 
 _LOG_LEVELS = {
@@ -25,7 +29,7 @@ _LOG_LEVELS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to wait and how much to say.
+    """How long to wait, how much to say, how much to send at once.
 
     Attributes:
         warn_after: Seconds after which a wait for other ranks is reported, and again after as long.
@@ -33,11 +37,14 @@ class Settings:
         fail_after: Seconds after which it becomes an error.
             ADAREDUCE_FAIL_AFTER_SECONDS, HOROVOD_STALL_SHUTDOWN_TIME_SECONDS; 0 means never.
         log_level: Of the logger "adareduce". ADAREDUCE_LOG_LEVEL, HOROVOD_LOG_LEVEL.
+        fusion_threshold: Bytes of gradients that an optimizer puts into one request; 0: a request
+            for each parameter. ADAREDUCE_FUSION_THRESHOLD, HOROVOD_FUSION_THRESHOLD.
     """
 
     warn_after: float = 60.0
     fail_after: float = 600.0
     log_level: int = logging.WARNING
+    fusion_threshold: int = DEFAULT_FUSION_THRESHOLD
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -57,6 +64,12 @@ class Settings:
                 600.0,
             ),
             log_level=_log_level(environ),
+            fusion_threshold=_bytes(
+                environ,
+                "ADAREDUCE_FUSION_THRESHOLD",
+                "HOROVOD_FUSION_THRESHOLD",
+                DEFAULT_FUSION_THRESHOLD,
+            ),
         )
 
 
@@ -79,6 +92,16 @@ def _seconds(environ: Mapping[str, str], ours: str, horovods: str, default: floa
     if not seconds >= 0:
         raise ValueError(f"{name} must be a number of seconds, 0 or more, got {text!r}")
     return min(seconds, _NEVER) if seconds > 0 else _NEVER
+
+
+def _bytes(environ: Mapping[str, str], ours: str, horovods: str, default: int) -> int:
+    found = _first_set(environ, ours, horovods)
+    if found is None:
+        return default
+    name, text = found
+    if not text.isascii() or not text.isdecimal():
+        raise ValueError(f"{name} must be a number of bytes, 0 or more, got {text!r}")
+    return int(text)
 
 
 def _log_level(environ: Mapping[str, str]) -> int:

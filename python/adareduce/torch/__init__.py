@@ -55,8 +55,11 @@ from adareduce.torch.alltoall import alltoall, alltoall_async
 from adareduce.torch.barrier import barrier
 from adareduce.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
 from adareduce.torch.compression import Compression
+from adareduce.torch.gradients import GradientReducer
 from adareduce.torch.handles import Handle, poll, synchronize
-from adareduce.torch.objects import broadcast_object, broadcast_parameters
+from adareduce.torch.objects import allgather_object, broadcast_object, broadcast_parameters
+from adareduce.torch.optimizer import DistributedOptimizer
+from adareduce.torch.optimizer_state import broadcast_optimizer_state
 from adareduce.torch.reducescatter import (
     grouped_reducescatter,
     grouped_reducescatter_async,
@@ -89,6 +92,8 @@ __all__ = [
     "Adasum",
     "Average",
     "Compression",
+    "DistributedOptimizer",
+    "GradientReducer",
     "Handle",
     "HorovodInternalError",
     "Max",
@@ -101,6 +106,7 @@ __all__ = [
     "add_process_set",
     "allgather",
     "allgather_async",
+    "allgather_object",
     "allreduce",
     "allreduce_",
     "allreduce_async",
@@ -113,6 +119,7 @@ __all__ = [
     "broadcast_async",
     "broadcast_async_",
     "broadcast_object",
+    "broadcast_optimizer_state",
     "broadcast_parameters",
     "ccl_built",
     "cross_rank",

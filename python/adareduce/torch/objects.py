@@ -1,4 +1,4 @@
-"""Broadcasts of whole models and of Python objects."""
+"""Broadcasts of whole models, broadcasts and all-gathers of Python objects."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
+from adareduce.torch.allgather import grouped_allgather_async
 from adareduce.torch.broadcast import broadcast_, start_broadcast
 from adareduce.torch.handles import check_tensors, synchronize
 
@@ -74,17 +75,44 @@ def broadcast_object(
     payload = torch.empty(0, dtype=torch.uint8, device="cpu")
     if rank() == root_rank:
         with rejected_on_all_ranks(process_set):
-            try:
-                content = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
-            except Exception as error:
-                raise TypeError(
-                    f"broadcast_object: obj must be something that pickle takes, got"
-                    f" {type(obj).__name__}: {error}"
-                ) from error
-        payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            payload = _pickle("broadcast_object", obj)
     length = torch.tensor([payload.numel()], dtype=torch.int64, device="cpu")
     broadcast_(length, root_rank, f"{name}.length", process_set)
     if rank() != root_rank:
         payload = torch.empty(int(length), dtype=torch.uint8, device="cpu")
     broadcast_(payload, root_rank, f"{name}.content", process_set)
     return pickle.loads(payload.numpy().tobytes()) if rank() != root_rank else obj
+
+
+def allgather_object(
+    obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> list[Any]:
+    """Returns every rank's object, in rank order, on every rank. Collective; blocks.
+
+    Args:
+        obj: Anything that pickle takes; each rank's own, of any size.
+        name: Equal on all ranks.
+        process_set: The ranks that take part.
+
+    Raises:
+        TypeError: This rank could not pickle; HorovodInternalError on the others.
+        ValueError: The name is in use.
+        HorovodInternalError: The ranks disagree, or one is lost.
+    """
+    with rejected_on_all_ranks(process_set):
+        payload = _pickle("allgather_object", obj)
+    length = torch.tensor([payload.numel()], dtype=torch.int64, device="cpu")
+    handle = grouped_allgather_async([length, payload], name or "allgather_object", process_set)
+    lengths, contents = synchronize(handle)
+    return [pickle.loads(content.numpy().tobytes()) for content in contents.split(lengths.tolist())]
+
+
+def _pickle(function: str, obj: Any) -> torch.Tensor:
+    try:
+        content = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        raise TypeError(
+            f"{function}: obj must be something that pickle takes, got"
+            f" {type(obj).__name__}: {error}"
+        ) from error
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

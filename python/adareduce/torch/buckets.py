@@ -1,0 +1,214 @@
+"""Which parameters travel together. The same plan on every rank, from names and sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from adareduce.torch.compression import Compression, Compressor
+from adareduce.torch.handles import Handle, dense_strides
+from adareduce.torch.statistics import ReductionStats
+
+
+def cut_buckets(parameters: Sequence[torch.Tensor], bucket_bytes: int) -> list[list[torch.Tensor]]:
+    """Cuts parameters into buckets of one dtype and device each.
+
+    Args:
+        parameters: In the order in which backward is expected to finish their gradients.
+        bucket_bytes: A bucket is closed before it would exceed this; a parameter that is larger
+            has a bucket of its own.
+
+    Returns:
+        The buckets, ordered by the last of their parameters.
+    """
+    finished: list[list[torch.Tensor]] = []
+    growing: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    num_bytes: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        more = parameter.numel() * parameter.element_size()
+        if kind in growing and num_bytes[kind] + more > bucket_bytes:
+            finished.append(growing.pop(kind))
+        if kind not in growing:
+            growing[kind] = []
+            num_bytes[kind] = 0
+        growing[kind].append(parameter)
+        num_bytes[kind] += more
+    return in_order([*finished, *growing.values()], parameters)
+
+
+def in_order(
+    buckets: Iterable[list[torch.Tensor]], parameters: Sequence[torch.Tensor]
+) -> list[list[torch.Tensor]]:
+    """Buckets sorted by the last of their parameters: the order in which they become ready."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    return sorted(buckets, key=lambda bucket: max(places[id(parameter)] for parameter in bucket))
+
+
+def name_of_request(title: str, names: Sequence[str]) -> str:
+    """A request's name, as it appears in messages, with the names of its parameters."""
+    return f"{title}: {names[0] if len(names) == 1 else f'{names[0]} ... {names[-1]}'}"
+
+
+def check_known(
+    parameters: Iterable[torch.Tensor], known: Container[int], names: Mapping[int, str]
+) -> None:
+    """Finds parameters whose gradients would be forgotten.
+
+    Raises:
+        ValueError: One requires a gradient and its id is not in ``known``.
+    """
+    for place, parameter in enumerate(parameters):
+        if parameter.requires_grad and id(parameter) not in known:
+            name = names.get(id(parameter), f"parameter {place}")
+            raise ValueError(
+                f"step: parameters must require a gradient from the beginning, got {name!r}, which"
+                " began to later: make a new DistributedOptimizer, or use its add_param_group"
+            )
+
+
+class Bucket:
+    """Parameters whose gradients are one request, and how far this step has come with them.
+
+    Args:
+        title: Name of the request; the parameters' names are added.
+        parameters: Those of the bucket.
+        names: Of all parameters, by id.
+        group_of: Number of the parameter group of all parameters, by id.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        parameters: Sequence[torch.Tensor],
+        names: Mapping[int, str],
+        group_of: Mapping[int, int],
+    ) -> None:
+        self.parameters = list(parameters)
+        self.names = [names[id(parameter)] for parameter in parameters]
+        self.title = name_of_request(title, self.names)
+        groups = [group_of[id(parameter)] for parameter in parameters]
+        self.group_numbers = sorted(set(groups))
+        # The statistics' row of each tensor; the last is that of `presence`, which nobody reads.
+        self.rows = [self.group_numbers.index(group) for group in groups]
+        self.rows.append(len(self.group_numbers))
+        # Which parameters have a gradient here; it is sent along to learn which have one anywhere.
+        self.presence = torch.ones(
+            len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        self.handle: Handle | None = None
+        self.contexts: list[Any] = []
+        self.stats: ReductionStats | None = None
+        likes = [torch.empty_like(parameter, device="meta") for parameter in parameters]
+        self._strides = [like.stride() for like in likes]
+        self._dense_strides = [dense_strides(like) for like in likes]
+        self._squares: torch.Tensor | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins a step."""
+        self.passes = [0] * len(self.parameters)
+        self.num_waiting = len(self.parameters)
+        self._gradients: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._missing: list[int] = []
+        self._seen: dict[int, torch.Tensor] = {}
+        if self._squares is not None:
+            self._squares.zero_()
+
+    def see(self, place: int, gradient: torch.Tensor) -> None:
+        """Takes the square of one pass's gradient, before it is accumulated."""
+        if gradient.layout != torch.strided:
+            gradient = gradient.to_dense()
+        norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64)
+        # Only a gradient that is accumulated counts; torch.autograd.grad comes here too.
+        self._seen[place] = norm.square()
+
+    def keep_squares(self, place: int) -> None:
+        """Adds what ``see`` saw, after the gradient was accumulated."""
+        if place in self._seen:
+            self.squares[self.rows[place]] += self._seen.pop(place)
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """float64: for each row of the statistics the sum over the passes of |gradient|^2."""
+        if self._squares is None:
+            self._squares = torch.zeros(
+                len(self.group_numbers) + 1, dtype=torch.float64, device=self.presence.device
+            )
+        return self._squares
+
+    def prepare(self, sparse_as_dense: bool) -> list[torch.Tensor]:
+        """Makes every gradient one that can be reduced in place, and returns them.
+
+        Raises:
+            ValueError: A gradient is sparse, or requires a gradient itself.
+        """
+        self._missing = []
+        self._gradients = [
+            self._usable_gradient(place, sparse_as_dense) for place in range(len(self.parameters))
+        ]
+        self._versions = [gradient._version for gradient in self._gradients]
+        self.presence.fill_(1)
+        if self._missing:
+            self.presence[self._missing] = 0
+        return self._gradients
+
+    def _usable_gradient(self, place: int, sparse_as_dense: bool) -> torch.Tensor:
+        parameter = self.parameters[place]
+        gradient = parameter.grad
+        if gradient is None:
+            self._missing.append(place)
+            gradient = torch.zeros_like(parameter)
+        elif gradient.layout != torch.strided:
+            if not sparse_as_dense:
+                raise ValueError(
+                    f"backward: the gradient of {self.names[place]!r} must be dense, got layout"
+                    f" {gradient.layout}; use sparse_as_dense=True"
+                )
+            gradient = gradient.to_dense()
+        elif gradient.requires_grad:
+            raise ValueError(
+                f"backward: the gradient of {self.names[place]!r} must not require a gradient, got"
+                " one of backward(create_graph=True)"
+            )
+        # The ranks must agree on strides, so everybody takes the parameter's.
+        usual = self._strides[place]
+        if gradient.stride() != usual and dense_strides(gradient) != self._dense_strides[place]:
+            gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+        if gradient is not parameter.grad:
+            parameter.grad = gradient
+        return gradient
+
+    def check_untouched(self) -> None:
+        """Finds out whether gradients were changed while they were being reduced.
+
+        Raises:
+            RuntimeError: One was.
+        """
+        for name, parameter, gradient, version in zip(
+            self.names, self.parameters, self._gradients, self._versions, strict=True
+        ):
+            if parameter.grad is not gradient or gradient._version != version:
+                raise RuntimeError(
+                    f"step: the gradient of {name!r} must not be touched while it is being reduced,"
+                    " got one that was changed or replaced: call synchronize() first, and step()"
+                    " in skip_synchronize()"
+                )
+
+    def finish(self, results: Sequence[torch.Tensor], compression: type[Compressor]) -> None:
+        """Takes what came out of the reduction."""
+        if compression is not Compression.none:
+            plain = [
+                compression.decompress(result, context)
+                for result, context in zip(results, self.contexts, strict=True)
+            ]
+            torch._foreach_copy_(self._gradients, plain)
+        # Read only where this rank cannot tell by itself.
+        if self._missing:
+            numbers = self.presence[self._missing].tolist()
+            for place, number in zip(self._missing, numbers, strict=True):
+                if number == 0:
+                    self.parameters[place].grad = None
