@@ -173,3 +173,19 @@ def test_frozen_parameters_are_left_out(rank, size):
     reducer.reduce()
     assert q.grad is None
     assert_equal(p.grad, torch.full_like(p.grad, (size + 1) / 2))
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])
+def test_an_infinity_on_one_rank_is_known_on_all(rank, size, with_statistics):
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
+    reducer = hvd.GradientReducer([parameters])
+    reducer.with_statistics = with_statistics
+    for last in (1.0, float("inf") if rank == size - 1 else 1.0):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        parameters[1].grad[1] = last
+        reducer.reduce()
+        everywhere = hvd.allgather_object((reducer.nonfinite, bool(last != 1.0)))
+        assert {found for found, _ in everywhere} == {any(mine for _, mine in everywhere)}
+    assert (reducer.statistics is not None) == with_statistics
+    reducer.close()

@@ -66,13 +66,13 @@ class GradientReducer:
         if op not in (Average, Sum):
             raise ValueError(f"GradientReducer: op must be Average or Sum, got {op!r}")
         self._groups = groups
-        self._op = ReduceOp(op)
+        self.op = ReduceOp(op)
         self._prescale_factor = float(prescale_factor)
         self._postscale_factor = float(postscale_factor)
         self._compression = compression
         self._sparse_as_dense = sparse_as_dense
         self._with_statistics = with_statistics
-        self._process_set = process_set
+        self.process_set = process_set
         self._is_member = process_set.included()
         self.statistics: torch.Tensor | None = None
 
@@ -120,6 +120,16 @@ class GradientReducer:
             self._add_hooks()
 
     @property
+    def with_statistics(self) -> bool:
+        """Whether ``reduce`` fills ``statistics``. Settable between steps."""
+        return self._with_statistics
+
+    @with_statistics.setter
+    def with_statistics(self, is_wanted: bool) -> None:
+        self._with_statistics = is_wanted
+        self.passes_per_step = self._passes_per_step  # other hooks
+
+    @property
     def num_buckets(self) -> int:
         """Requests per step."""
         return len(self._buckets)
@@ -133,8 +143,14 @@ class GradientReducer:
     def nonfinite(self) -> bool:
         """Whether a gradient has an infinite or undefined element.
 
-        After ``reduce`` the same on all ranks, without communication. Reads the gradients.
+        After ``reduce`` the same on all ranks, without communication. Reads the gradients where
+        there are no statistics, which have counted.
         """
+        if self._with_statistics:
+            counts = (
+                bucket.stats.nonfinite for bucket in self._buckets if bucket.stats is not None
+            )
+            return any(bool(count.any()) for count in counts)
         gradients = (p.grad for bucket in self._buckets for p in bucket.parameters)
         return any(bool((~torch.isfinite(g)).any()) for g in gradients if g is not None)
 
@@ -231,7 +247,7 @@ class GradientReducer:
 
     def _launch(self, bucket: Bucket) -> None:
         try:
-            with rejected_on_all_ranks(self._process_set):
+            with rejected_on_all_ranks(self.process_set):
                 gradients = bucket.prepare(self._sparse_as_dense)
                 pairs = [self._compression.compress(gradient) for gradient in gradients]
             tensors = [*(tensor for tensor, _ in pairs), bucket.presence]
@@ -244,10 +260,10 @@ class GradientReducer:
             handle = call(
                 tensors,
                 name=bucket.title,
-                op=self._op,
+                op=self.op,
                 prescale_factor=self._prescale_factor,
                 postscale_factor=self._postscale_factor,
-                process_set=self._process_set,
+                process_set=self.process_set,
                 **extra,
             )
         except Exception as error:
@@ -269,7 +285,7 @@ class GradientReducer:
         missing = len(self._buckets) - self._num_launched
         self._num_launched = len(self._buckets)
         if not isinstance(error, HorovodInternalError):
-            reject_call(self._process_set, error, count=missing)
+            reject_call(self.process_set, error, count=missing)
 
     def _wait(self) -> None:
         """Waits for all that is under way; keeps the first error as the step's failure."""

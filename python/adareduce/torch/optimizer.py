@@ -116,6 +116,7 @@ class GradientForm(Wrapper):
         """Makes the reducer, for the parameters that there are now."""
         options, groups = self._options, [group["params"] for group in self.param_groups]
         self._num_groups = len(groups)
+        former = vars(self).get("reducer")
         self.reducer = GradientReducer(
             groups,
             options.names_of(groups),
@@ -126,6 +127,7 @@ class GradientForm(Wrapper):
             compression=options.compression,
             buckets=options.buckets_of(groups),
             sparse_as_dense=options.sparse_as_dense,
+            with_statistics=former is not None and former.with_statistics,
             process_set=options.process_set,
         )
         self._is_synchronized = False  # by synchronize(), without a step since
