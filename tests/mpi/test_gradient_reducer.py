@@ -176,7 +176,7 @@ def test_frozen_parameters_are_left_out(rank, size):
 
 
 @pytest.mark.parametrize("with_statistics", [False, True])
-def test_an_infinity_on_one_rank_is_known_on_all(rank, size, with_statistics):
+def test_infinities_are_counted_with_and_without_statistics(rank, size, with_statistics):
     parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))]
     reducer = hvd.GradientReducer([parameters])
     reducer.with_statistics = with_statistics
