@@ -185,6 +185,7 @@ def test_a_ratio_of_few_repeats_is_refused() -> None:
 def test_a_summary_has_median_and_percentiles() -> None:
     found = timing.summarise(torch.arange(101, dtype=torch.float64))
     assert found == timing.Summary(median=50.0, p50=50.0, p99=99.0, min=0.0, mean=50.0)
+    assert timing.summarise(torch.ones(99, dtype=torch.float64)).p99 is None, "of so few it would be the maximum"
 
 
 class OneRank:
@@ -230,7 +231,8 @@ def test_contenders_take_turns_behind_a_common_start() -> None:
         for name in ("a", "b")
     ]
     seconds = timing.measure(contenders, ranks, 1, 2)  # type: ignore[arg-type]
-    assert log == ["prepare", "a", "prepare", "b"] * 3
+    a, b = ["prepare", "a"], ["prepare", "b"]
+    assert log == [*b, *a, *a, *b, *b, *a], "each round another one is first"
     assert ranks.meetings == 6
     assert {name: times.numel() for name, times in seconds.items()} == {"a": 2, "b": 2}
     assert all(bool((times > 0).all()) for times in seconds.values())
@@ -441,7 +443,9 @@ def test_the_table_has_the_columns_of_nccl_tests(tmp_path: Path) -> None:
         assert line["ranks"] == 2
         assert line["out_of_place"]["wrong"] == line["in_place"]["wrong"] == 0
         times = line["in_place"]
-        assert times["min_us"] <= times["median_us"] == times["p50_us"] <= times["p99_us"]
+        assert times["min_us"] <= times["median_us"] == times["p50_us"]
+        assert times["p99_us"] is None
+        assert line["core_round_trip_ns"] is None or line["core_round_trip_ns"] > 0
         assert times["algbw_gbps"] == pytest.approx(line["bytes"] / times["median_us"] / 1e3)
         assert times["busbw_gbps"] == pytest.approx(times["algbw_gbps"])  # 2 (2 - 1) / 2
         for peer in ("gloo", "mpi"):
@@ -493,6 +497,95 @@ sys.exit(main("allreduce -b 4K -n 1 -w 0".split()))
     assert result.returncode == 1, str(result)
     assert wrong_of(result.out[0]) == ["1", "0"], str(result)
     assert "# Out of bounds values : 1 FAILED" in result.out[0]
+
+
+@needs_mpi
+def test_elements_that_are_never_written_are_counted() -> None:
+    # Minima of bools are nearly all False, which fresh memory holds by itself.
+    result = run_script(2, """
+import sys
+from adareduce.bench.__main__ import main
+original = hvd.allreduce
+def forgetful(tensor, op):
+    result = original(tensor, op=op)
+    lost = torch.empty_like(result)
+    lost[1000:] = result[1000:]
+    return lost
+hvd.allreduce = forgetful
+sys.exit(main("allreduce -o min -d bool -b 8M -n 1 -w 0".split()))
+""")  # fmt: skip
+    assert result.returncode == 1, str(result)
+    out_of_place, in_place = wrong_of(result.out[0])
+    assert in_place == "0"
+    assert int(out_of_place) > 1200, "poison is True, three quarters of the minima are not"
+
+
+@needs_mpi
+def test_wrong_statistics_are_counted() -> None:
+    result = run_script(2, """
+import sys
+from adareduce.bench.__main__ import main
+original = hvd.grouped_allreduce_with_stats_
+def broken(*arguments, **keywords):
+    results, stats = original(*arguments, **keywords)
+    if stats.groups is not None:
+        stats.groups[0, 3] *= 1.001
+    else:
+        stats.orthogonality[-1] += 0.01
+    return results, stats
+hvd.grouped_allreduce_with_stats_ = broken
+for op in ("avg", "adasum"):
+    status = main(f"allreduce -o {op} -b 40K --layers 3 --stats -n 5 -w 0".split())
+    assert status == 1, op
+""")  # fmt: skip
+    assert result.returncode == 0, str(result)
+    assert [(row[8], row[12]) for row in rows_of(result.out[0])] == [("0", "2")] * 2, str(result)
+
+
+@needs_mpi
+@pytest.mark.openmpi_round
+def test_four_ranks_agree() -> None:
+    for options in ("allreduce --op adasum --layers 3", "reducescatter --op avg", "alltoall"):
+        result = run_bench(4, f"{options} -b 4K -e 64K -f 16 -n 1 -w 0")
+        assert result.returncode == 0, str(result)
+        assert {row[8] for row in rows_of(result.out[0])} == {"0"}
+
+
+@needs_mpi
+def test_a_peer_that_fails_on_one_rank_is_missing_on_all() -> None:
+    result = run_script(2, """
+import sys
+from adareduce.bench import peers
+from adareduce.bench.__main__ import main
+hvd.init()
+def no_socket(*arguments, **keywords):
+    raise OSError("no socket is left")
+if hvd.rank() == 0:
+    peers._tcp_store = no_socket
+sys.exit(main("allreduce -b 4K -n 5 -w 0 --peers".split()))
+""")  # fmt: skip
+    assert result.returncode == 0, str(result)
+    assert "# gloo: n/a: no socket is left" in result.out[0]
+    (row,) = rows_of(result.out[0])
+    assert row.count("n/a") == 3
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("broadcast -r 2", "--root must be below the 2 ranks, got 2"),
+        ("alltoall -b 4 -d float", "--minbytes must be enough for an element per rank, got 4"),
+        ("allreduce -b 4K --json /nowhere/x", "--json must be a file that can be written"),
+    ],
+)
+def test_what_so_many_ranks_cannot_do_is_said_before_anything_runs(
+    options: str, message: str
+) -> None:
+    result = run_bench(2, options)
+    assert result.returncode == 2, str(result)
+    assert message in result.out[0]
+    assert "Traceback" not in str(result)
 
 
 @needs_mpi
@@ -557,6 +650,38 @@ sys.exit(check.main([]))
     assert "FAILED" in failed
     assert "elements are wrong" in failed
     assert any(line.split()[:2] == ["allgather", "ok"] for line in lines), str(result)
+
+
+@needs_mpi
+@pytest.mark.parametrize("place", ["before", "within"])
+def test_check_ends_with_a_verdict_where_one_rank_fails_alone(place: str) -> None:
+    result = run_script(3, f"""
+import sys
+from adareduce import check
+from adareduce.bench import cases, checks
+checks._CHECKS = [entry for entry in checks._CHECKS if entry[0] in ("broadcast", "allgather")]
+def no_memory(self, index):
+    raise MemoryError("only rank 1 has none")
+def busy(ranks):
+    ranks.gather(0)
+    if hvd.rank() == 1:
+        raise checks.Failure("this rank is busy")
+    return str(max(ranks.gather(1)))
+hvd.init()
+if "{place}" == "before" and hvd.rank() == 1:
+    cases.Case.periods = no_memory
+if "{place}" == "within":
+    checks._CHECKS.insert(0, ("busy", busy, 1))
+sys.exit(check.main([]))
+""")  # fmt: skip
+    assert result.returncode == 1, str(result)
+    lines = result.out[0].splitlines()
+    if place == "before":
+        assert lines[-1] == "adareduce does NOT work here: failed: allgather."
+        assert "rank 1: MemoryError: only rank 1 has none" in result.out[0]
+    else:
+        assert lines[-1] == "adareduce does NOT work here: failed: busy."
+        assert "rank 1: this rank is busy" in result.out[0]
 
 
 @needs_mpi

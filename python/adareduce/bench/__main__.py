@@ -14,8 +14,7 @@ import adareduce.torch as hvd
 from adareduce.bench import machine, plot
 from adareduce.bench.arguments import Settings, parse
 from adareduce.bench.cases import Allreduce, Case, make_case
-from adareduce.bench.inputs import poison
-from adareduce.bench.oracles import squared_norms
+from adareduce.bench.inputs import poisoned_allocations
 from adareduce.bench.peers import Peers
 from adareduce.bench.ranks import Ranks
 from adareduce.bench.report import (
@@ -32,8 +31,6 @@ from adareduce.bench.timing import Contender, measure, ratio_of_medians, summari
 from adareduce.bench.verification import count_wrong
 
 _PLAIN, _STATS = "plain", "stats"
-# Sums of squares are exact up to roundings of doubles; their order is the library's affair.
-_STATS_TOLERANCE = 1e-9
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: Settings, ranks: Ranks) -> int:
+    problem = ranks.broadcast(_problem(settings, ranks) if ranks.rank == 0 else None)
+    if problem is not None:
+        ranks.print(f"python -m adareduce.bench: error: {problem}")
+        return 2
     table = Table(settings)
     ranks.print(table.header(ranks.gather(_placement(ranks.rank))))
     origin = machine.describe() if ranks.rank == 0 else {}
@@ -77,11 +78,31 @@ def _run(settings: Settings, ranks: Ranks) -> int:
     return 1 if any(row.wrong() for row in rows) else 0
 
 
+def _problem(settings: Settings, ranks: Ranks) -> str | None:
+    """Why this cannot be measured by so many ranks here; None if it can."""
+    if settings.root >= ranks.size:
+        return f"--root must be below the {ranks.size} ranks, got {settings.root}"
+    if settings.collective != "barrier":
+        smallest = make_case(settings, settings.sizes()[0], ranks.rank, ranks.size)
+        if smallest.num_bytes == 0:
+            return f"--minbytes must be enough for an element per rank, got {settings.minbytes}"
+    for option, path in (("--json", settings.json), ("--plot", settings.plot)):
+        if path is not None:
+            try:
+                with open(path, "ab"):
+                    pass
+            except OSError as error:
+                return (
+                    f"{option} must be a file that can be written, got {path!r}: {error.strerror}"
+                )
+    return None
+
+
 def _measure_row(case: Case, ranks: Ranks, peers: Peers | None) -> Row:
     settings = case.settings
     buffers = [tensor.clone() for tensor in case.inputs]
     wrong = _check(case, ranks, buffers)
-    contenders = [Contender(OUT_OF_PLACE, case.run)]
+    contenders = [Contender(OUT_OF_PLACE, case.run, case.touch)]
 
     def restore() -> None:
         case.restore(buffers)
@@ -93,6 +114,7 @@ def _measure_row(case: Case, ranks: Ranks, peers: Peers | None) -> Row:
         contenders.append(Contender(_STATS, lambda: case.run_with_stats(buffers), restore))
     able, missing = peers.contenders(case) if peers is not None else ([], {})
     seconds = measure([*contenders, *able], ranks, settings.warmup_iters, settings.iters)
+    round_trip = ranks.core_round_trip_ns()
 
     ours = seconds[IN_PLACE if case.runs_in_place else OUT_OF_PLACE]
     others = {
@@ -114,6 +136,7 @@ def _measure_row(case: Case, ranks: Ranks, peers: Peers | None) -> Row:
         forms={name: Form(summarise(seconds[name]), wrong[name]) for name in wrong},
         others=others,
         missing=missing,
+        core_round_trip_ns=round_trip,
     )
 
 
@@ -131,8 +154,8 @@ def _check(case: Case, ranks: Ranks, buffers: list[torch.Tensor]) -> dict[str, i
                 case.restore(buffers)
                 calls.append([output.clone() for output in case.run_in_place(buffers)])
             else:
-                _poison_free_memory(case, [sum(s.numel for s in output) for output in expected])
-                calls.append(case.run())
+                with poisoned_allocations():
+                    calls.append(case.run())
         first, second = calls
         found[form] = count_wrong(
             ranks, first, second, expected, case.dtype, ranks_agree=case.ranks_agree
@@ -143,7 +166,7 @@ def _check(case: Case, ranks: Ranks, buffers: list[torch.Tensor]) -> dict[str, i
 
 
 def _count_wrong_with_stats(case: Allreduce, ranks: Ranks, buffers: list[torch.Tensor]) -> int:
-    """As for the other forms; a wrong sum of squares counts as one element per rank."""
+    """As for the other forms; a wrong statistic counts as one element per rank."""
     calls = []
     stats = None
     for _ in range(2):
@@ -152,19 +175,8 @@ def _count_wrong_with_stats(case: Allreduce, ranks: Ranks, buffers: list[torch.T
         calls.append([output.clone() for output in outputs])
     first, second = calls
     wrong = count_wrong(ranks, first, second, case.expected(), case.dtype, ranks_agree=True)
-    if stats is not None and stats.groups is not None:
-        total = sum(
-            squared_norms(case.periods(index), numel) for index, numel in enumerate(case.numels)
-        )
-        is_wrong = not abs(float(stats.groups[0, 0]) - total) <= _STATS_TOLERANCE * total
-        wrong += sum(ranks.gather(int(is_wrong)))
-    return wrong
-
-
-def _poison_free_memory(case: Case, numels: list[int]) -> None:
-    # The library makes the outputs itself; it often gets the memory that was freed last.
-    freed = [poison(torch.empty(numel, dtype=case.dtype)) for numel in numels]
-    del freed
+    assert stats is not None
+    return wrong + sum(int(n) for n in ranks.gather(case.count_wrong_statistics(stats)))
 
 
 def _placement(rank: int) -> str:

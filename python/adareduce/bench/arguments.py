@@ -167,7 +167,11 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add("--stats", action="store_true", help="also with AdaScale statistics, interleaved")
     add("--peers", action="store_true", help="also gloo and MPI, interleaved")
-    add("--percentiles", action="store_true", help="columns for p50 and p99")
+    add(
+        "--percentiles",
+        action="store_true",
+        help="columns for p50 and p99 (p99: with 100 or more iterations)",
+    )
     add("--json", metavar="FILE", help="append one JSON line per row")
     add("--plot", metavar="FILE.png", help="draw busbw against size (needs matplotlib)")
     return parser
@@ -227,6 +231,10 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace, maxbytes:
                 and given.op in ("sum", "avg", "adasum")
             ),
             "--stats must go with an allreduce of op sum, avg or adasum and a floating point type",
+        ),
+        (
+            not given.plot or collective != "barrier",
+            "--plot must be left out for barrier, which has no sizes",
         ),
         (
             not given.plot or importlib.util.find_spec("matplotlib") is not None,

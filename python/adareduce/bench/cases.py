@@ -16,11 +16,15 @@ import torch
 import adareduce.torch as hvd
 from adareduce.bench import presets
 from adareduce.bench.arguments import Settings
-from adareduce.bench.inputs import Source, poison
-from adareduce.bench.oracles import Expected, copied, reduced
+from adareduce.bench.inputs import Source, poison, touch
+from adareduce.bench.oracles import Expected, copied, reduced, squared_norms
 
 _OPS = {"avg": "Average", "sum": "Sum", "prod": "Product", "min": "Min", "max": "Max",
         "adasum": "Adasum"}  # fmt: skip
+
+
+# Of mean |g_i|^2: docs/algorithms.md, "Variance and norm".
+_STATISTICS_TOLERANCE = 1e-6
 
 
 class Case(abc.ABC):
@@ -71,6 +75,11 @@ class Case(abc.ABC):
         """Puts the inputs into the buffers of ``run_in_place``."""
         for buffer, tensor in zip(buffers, self.inputs, strict=True):
             buffer.copy_(tensor)
+
+    def touch(self) -> None:
+        """Reads the inputs, so that every contender finds its own in the cache, if they fit."""
+        for tensor in self.inputs:
+            touch(tensor)
 
     @property
     def num_bytes(self) -> int:
@@ -134,6 +143,32 @@ class Allreduce(Case):
     ) -> tuple[list[torch.Tensor], hvd.ReductionStats]:
         """In place, with AdaScale's statistics."""
         return hvd.grouped_allreduce_with_stats_(buffers, op=self._op)
+
+    def count_wrong_statistics(self, stats: hvd.ReductionStats) -> int:
+        """How many of a reduction's statistics are further from float64 than they may be."""
+        squares = [squared_norms(self.periods(i), numel) for i, numel in enumerate(self.numels)]
+        unit = torch.finfo(self.dtype).eps
+        if stats.orthogonality is not None:
+            # Each level of the tree rounds the result to the type.
+            norms = [squared_norms([o[0].values], n) for o, n in zip(self.expected(), self.numels,
+                                                                     strict=True)]  # fmt: skip
+            levels = self.size.bit_length()
+            expected = [norm / square for norm, square in zip(norms, squares, strict=True)]
+            allowed = 4 * levels * unit + _STATISTICS_TOLERANCE
+            found = stats.orthogonality.tolist()
+            return sum(not abs(f - e) <= allowed for f, e in zip(found, expected, strict=True))
+        assert stats.groups is not None
+        total = sum(squares)
+        of_mean = 0.0
+        for index, numel in enumerate(self.numels):
+            mean = torch.stack([period.double() for period in self.periods(index)]).mean(dim=0)
+            of_mean += squared_norms([mean], numel)
+        row = stats.groups[0].tolist()
+        errors = [row[0] - total, row[1] - of_mean]
+        if self.size > 1:
+            variance = (total - self.size * of_mean) / (self.size - 1)
+            errors += [row[2] - variance, row[3] - (of_mean - variance / self.size)]
+        return sum(not abs(e) <= _STATISTICS_TOLERANCE * total / self.size for e in errors)
 
     def expected(self) -> list[list[Expected]]:
         """The reduction."""
@@ -249,8 +284,6 @@ class Broadcast(Case):
     runs_in_place = True
 
     def __init__(self, settings: Settings, total: int | list[int], rank: int, size: int) -> None:
-        if settings.root >= size:
-            raise ValueError(f"--root must be below the {size} ranks, got {settings.root}")
         self.root = settings.root
         super().__init__(settings, total, rank, size)
 

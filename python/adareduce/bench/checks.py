@@ -11,7 +11,7 @@ import torch
 import adareduce.torch as hvd
 from adareduce.bench.arguments import parse
 from adareduce.bench.cases import make_case
-from adareduce.bench.ranks import Ranks
+from adareduce.bench.ranks import OtherRankError, Ranks
 from adareduce.bench.timing import Contender, measure, summarise
 from adareduce.bench.verification import count_wrong
 
@@ -46,16 +46,19 @@ def run_checks(ranks: Ranks) -> Iterator[Outcome]:
 
 
 def _run(name: str, check: _Check, ranks: Ranks) -> Outcome:
-    remark, reason = "", None
+    # Each rank takes part in as many exchanges, whoever fails where: the others learn of it in the
+    # one that they wait in, at the latest in the last.
     try:
-        remark = check(ranks)
-    except Exception as error:  # whatever it is, it is the finding
-        kind = "" if isinstance(error, Failure) else f"{type(error).__name__}: "
-        reason = " ".join(f"{kind}{error}".split())
-    reasons = ranks.gather(reason)
-    for rank, text in enumerate(reasons):
-        if text is not None:
-            return Outcome(name, False, f"rank {rank}: {text}")
+        try:
+            remark = check(ranks)
+        except OtherRankError:
+            raise
+        except Exception as error:  # whatever it is, it is the finding
+            kind = "" if isinstance(error, Failure) else f"{type(error).__name__}: "
+            ranks.announce(" ".join(f"{kind}{error}".split()))
+        ranks.gather(None)
+    except OtherRankError as error:
+        return Outcome(name, False, str(error))
     return Outcome(name, True, remark)
 
 

@@ -6,7 +6,9 @@ give has the same period, so an oracle costs little however large the tensor is.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,3 +83,27 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.fill_(float("nan"))
     tensor.view(torch.uint8).fill_(1 if tensor.dtype == torch.bool else 0x5A)
     return tensor
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Within this, tensors that Python makes without contents are poisoned.
+
+    Outputs of reductions and broadcasts are made so; an element that is never written shows. What
+    all-gather and all-to-all return is allocated by the engine and is not reached.
+    """
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *arguments, **keywords: poison(make(*arguments, **keywords))
+
+    torch.empty, torch.empty_like = poisoned(empty), poisoned(empty_like)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = empty, empty_like
+
+
+def touch(tensor: torch.Tensor) -> None:
+    """Reads a tensor."""
+    tensor.reshape(-1).view(torch.uint8).sum()

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from adareduce.bench.cases import Case
-from adareduce.bench.ranks import Ranks
+from adareduce.bench.inputs import touch
+from adareduce.bench.ranks import OtherRankError, Ranks
 from adareduce.bench.timing import Contender
+from adareduce.bench.verification import differs
 
 _TIME_LIMIT = datetime.timedelta(seconds=60)
 _LONGEST_REASON = 80
@@ -33,8 +35,8 @@ class Peer(abc.ABC):
     name: str
 
     @abc.abstractmethod
-    def contender(self, case: Case) -> Contender:
-        """The same collective on buffers of its own.
+    def contender(self, case: Case) -> tuple[Contender, torch.Tensor]:
+        """The same collective on buffers of its own, and where the result will be, flat.
 
         Raises:
             UnavailableError: There is none.
@@ -68,7 +70,7 @@ class Gloo(Peer):
             "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_TIME_LIMIT
         )
 
-    def contender(self, case: Case) -> Contender:
+    def contender(self, case: Case) -> tuple[Contender, torch.Tensor]:
         """In place where ours is."""
         collective, size = case.settings.collective, case.size
         source = _whole(case)
@@ -89,7 +91,7 @@ class Gloo(Peer):
                 if divide:
                     _divide(buffer, size)
 
-            return Contender(self.name, allreduce, restore)
+            return Contender(self.name, allreduce, restore), buffer
         if collective == "reducescatter":
             part = torch.empty(source.numel() // size, dtype=source.dtype)
 
@@ -98,15 +100,19 @@ class Gloo(Peer):
                 if divide:
                     _divide(part, size)
 
-            return Contender(self.name, reducescatter, restore)
+            return Contender(self.name, reducescatter, restore), part
         if collective == "allgather":
             gathered = torch.empty(source.numel() * size, dtype=source.dtype)
-            return Contender(self.name, lambda: gather_into(gathered, source))
+            return Contender(
+                self.name, lambda: gather_into(gathered, source), lambda: touch(source)
+            ), gathered
         if collective == "alltoall":
-            return Contender(self.name, lambda: dist.all_to_all_single(buffer, source))
+            return Contender(
+                self.name, lambda: dist.all_to_all_single(buffer, source), lambda: touch(source)
+            ), buffer
         if collective == "broadcast":
-            return Contender(self.name, lambda: dist.broadcast(buffer, case.root))
-        return Contender(self.name, dist.barrier)
+            return Contender(self.name, lambda: dist.broadcast(buffer, case.root), restore), buffer
+        return Contender(self.name, dist.barrier), buffer
 
     def close(self) -> None:
         """Leaves the process group."""
@@ -123,7 +129,7 @@ class Mpi(Peer):
             raise UnavailableError("this job runs without MPI")
         self._comm = ranks.comm.Dup()
 
-    def contender(self, case: Case) -> Contender:
+    def contender(self, case: Case) -> tuple[Contender, torch.Tensor]:
         """From a buffer into another."""
         from mpi4py import MPI
 
@@ -134,7 +140,8 @@ class Mpi(Peer):
             raise UnavailableError("MPI has no arithmetic for bool")
         op = {"prod": MPI.PROD, "min": MPI.MIN, "max": MPI.MAX}.get(case.redop, MPI.SUM)
         divide = case.redop == "avg"
-        source = _whole(case).numpy()
+        whole = _whole(case)
+        source = whole.numpy()
 
         def output(numel: int) -> torch.Tensor:
             return torch.empty(numel, dtype=case.dtype)
@@ -152,6 +159,8 @@ class Mpi(Peer):
         }
         numel, call = calls[case.settings.collective]
         result = output(numel)
+        if case.settings.collective == "broadcast":
+            result.copy_(whole)  # what the root sends
         array = result.numpy()
 
         def run() -> None:
@@ -159,7 +168,8 @@ class Mpi(Peer):
             if divide:
                 _divide(result, size)
 
-        return Contender(self.name, run)
+        sent = result if case.settings.collective == "broadcast" else whole
+        return Contender(self.name, run, lambda: touch(sent)), result
 
     def close(self) -> None:
         """Frees the communicator."""
@@ -187,7 +197,7 @@ class Peers:
         """Those that can do it, tried once; and by name why the others cannot."""
         able, missing = [], dict(self.missing)
         for name, peer in self._connected.items():
-            contender, reason = self._attempt(lambda peer=peer: _tried(peer.contender(case)))  # type: ignore[misc]
+            contender, reason = self._attempt(lambda peer=peer: _tried(case, *peer.contender(case)))  # type: ignore[misc]
             if contender is None:
                 missing[name] = reason
             else:
@@ -201,19 +211,41 @@ class Peers:
 
     def _attempt(self, make: Callable[[], Any]) -> tuple[Any, str]:
         """What is made, or None and the reason, the same on all ranks."""
-        made, reason = None, ""
         try:
-            made = make()
-        except Exception as error:  # whatever another library raises, it is not available
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            reason = reason[:_LONGEST_REASON] or type(error).__name__
-        reasons = [text for text in self._ranks.gather(reason) if text]
-        return (None, reasons[0]) if reasons else (made, "")
+            try:
+                made = make()
+            except OtherRankError:
+                raise
+            except Exception as error:  # whatever another library raises, it is not available
+                reason = (str(error).strip().splitlines() or [""])[0][:_LONGEST_REASON]
+                self._ranks.announce(reason or type(error).__name__)
+            self._ranks.gather(None)
+        except OtherRankError as error:
+            return None, error.reason
+        return made, ""
 
 
-def _tried(contender: Contender) -> Contender:
+def _tried(case: Case, contender: Contender, result: torch.Tensor) -> Contender:
+    """The contender, after one call whose result was looked at.
+
+    Raises:
+        UnavailableError: It was wrong.
+    """
     contender.prepare()
     contender.run()
+    is_half = case.dtype in (torch.float16, torch.bfloat16)  # summed as the peer likes
+    is_comparable = case.redop not in ("adasum", "none") and not is_half
+    # Of several tensors only all-reduce leaves the parts where the oracle has them.
+    is_in_order = len(case.inputs) == 1 or case.settings.collective == "allreduce"
+    if case.settings.check and is_in_order and (is_comparable or case.redop == "none"):
+        outputs = case.expected()
+        numels = [sum(stretch.numel for stretch in output) for output in outputs]
+        parts = torch.split(result, numels)
+        wrong = sum(
+            int(differs(part, output).sum()) for part, output in zip(parts, outputs, strict=True)
+        )
+        if wrong:
+            raise UnavailableError(f"{wrong} of {result.numel()} elements are wrong")
     return contender
 
 

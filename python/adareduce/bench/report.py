@@ -49,6 +49,7 @@ class Row:
     forms: dict[str, Form]
     others: dict[str, Other] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # peers, and why they are
+    core_round_trip_ns: float | None = None  # between two cores, after the row
 
     def algbw(self, seconds: float) -> float:
         """GB/s of the row's size."""
@@ -153,7 +154,8 @@ class Table:
         text = f" {_microseconds(times.median)} {row.algbw(times.median):>7.2f}"
         text += f" {row.busbw(times.median):>7.2f}"
         if percentiles:
-            text += f" {_microseconds(times.p50)} {_microseconds(times.p99)}"
+            p99 = f"{_MISSING:>9}" if times.p99 is None else _microseconds(times.p99)
+            text += f" {_microseconds(times.p50)} {p99}"
         return f"{text} {_MISSING if form.wrong is None else form.wrong:>6}"
 
     def _other(self, other: Other | None) -> str:
@@ -189,6 +191,7 @@ def to_json(row: Row, settings: Settings, hosts: Sequence[str], origin: dict[str
             for name, other in row.others.items()
         },
         "unavailable": row.missing,
+        "core_round_trip_ns": row.core_round_trip_ns,
         "settings": settings.for_json(),
         **origin,
     }
@@ -200,8 +203,11 @@ def row_dtype(settings: Settings) -> str:
     return dtype_name(settings.dtype)
 
 
-def _numbers(row: Row, summary: Summary) -> dict[str, float]:
-    times = {f"{name}_us": value * 1e6 for name, value in asdict(summary).items()}
+def _numbers(row: Row, summary: Summary) -> dict[str, float | None]:
+    times = {
+        f"{name}_us": None if value is None else value * 1e6
+        for name, value in asdict(summary).items()
+    }
     return {
         **times,
         "algbw_gbps": row.algbw(summary.median),

@@ -13,6 +13,7 @@ import torch
 from adareduce.bench.ranks import Ranks
 
 LEAST_REPEATS = 5
+_LEAST_FOR_P99 = 100  # of fewer it is the maximum, more or less
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
 
@@ -38,7 +39,7 @@ class Summary:
 
     median: float
     p50: float
-    p99: float
+    p99: float | None  # of 100 iterations or more
     min: float
     mean: float
 
@@ -56,15 +57,17 @@ def measure(
 ) -> dict[str, torch.Tensor]:
     """Seconds of every iteration of every contender, the slowest rank's. Collective, blocks.
 
-    The contenders take turns: first, second, ..., first, second, ... Before each call the ranks
-    meet in a barrier of MPI. Freeing a result is not measured.
+    The contenders take turns, another one first in each round. Before each call the ranks meet in a
+    barrier of MPI. Freeing a result is not measured.
     """
     seconds = torch.zeros(len(contenders), iters, dtype=torch.float64)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         for iteration in range(-warmup_iters, iters):
-            for index, contender in enumerate(contenders):
+            for turn in range(len(contenders)):
+                index = (turn + iteration) % len(contenders)
+                contender = contenders[index]
                 contender.prepare()
                 ranks.align()
                 begin = time.perf_counter()
@@ -83,7 +86,8 @@ def measure(
 def summarise(seconds: torch.Tensor) -> Summary:
     """Median, percentiles (linearly interpolated), minimum and mean of iterations."""
     p50, p99 = torch.quantile(seconds, torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
-    return Summary(p50, p50, p99, float(seconds.min()), float(seconds.mean()))
+    has_p99 = seconds.numel() >= _LEAST_FOR_P99
+    return Summary(p50, p50, p99 if has_p99 else None, float(seconds.min()), float(seconds.mean()))
 
 
 def ratio_of_medians(numerator: torch.Tensor, denominator: torch.Tensor) -> Ratio:

@@ -138,7 +138,7 @@ class _Reducescatter(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         handle = _start(function, list(tensors), name, op, process_set, prescale_factor,
                         postscale_factor)  # fmt: skip
-        ctx.op, ctx.process_set, ctx.function = ReduceOp(op), process_set, function
+        ctx.op, ctx.process_set, ctx.function = choose_op(function, None, op), process_set, function
         ctx.factor = prescale_factor * postscale_factor
         results = synchronize(handle)
         return tuple(results) if function == "grouped_reducescatter" else (results,)
@@ -182,7 +182,11 @@ def _start(
         inputs = [tensor.detach().contiguous() for tensor in tensors]
         rank, size = process_set.rank(), process_set.size()
         outputs = [
-            tensor.new_empty((rows_of(tensor.shape[0], rank, size), *tensor.shape[1:]))
+            torch.empty(
+                (rows_of(tensor.shape[0], rank, size), *tensor.shape[1:]),
+                dtype=tensor.dtype,
+                device=tensor.device,
+            )
             for tensor in inputs
         ]
         request = submit_named(
