@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Measures what docs/performance.md shows, on this machine and with this environment's MPI; adds
+# JSON lines to benchmarks/results. Takes some minutes; nothing else should run meanwhile.
+#   bash benchmarks/measure.sh [kernels] [collectives]        then: python benchmarks/tables.py
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+results=benchmarks/results
+export OMP_NUM_THREADS=1
+
+kernels() {
+  python benchmarks/kernels.py --json $results/kernels.jsonl
+  for isa in avx2 baseline; do
+    python benchmarks/kernels.py --isa $isa --json $results/kernels.jsonl
+  done
+}
+
+collectives() {
+  for ranks in 2 4; do
+    bench() { mpirun -n $ranks python -m adareduce.bench "$@" --json $results/collectives.jsonl; }
+    bench allreduce --op sum -b 4K -e 64M -f 16 --peers
+    bench allreduce --op adasum -b 4K -e 64M -f 16 --peers
+    bench allreduce --op adasum -d bfloat16 -b 16M --peers
+    bench allreduce --op adasum --layers resnet50 --peers -n 10
+    bench allreduce --op avg --layers resnet50 --stats -n 20
+    bench allreduce --op adasum --layers tiny2000 --peers
+    for collective in reducescatter allgather alltoall broadcast; do
+      bench $collective -b 4M --peers
+    done
+  done
+}
+
+if [ $# -eq 0 ]; then set -- kernels collectives; fi
+for part in "$@"; do $part; done

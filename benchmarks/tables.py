@@ -1,0 +1,156 @@
+"""Writes the tables of docs/ from the JSON lines in benchmarks/results/.
+
+    python benchmarks/tables.py            # rewrites what stands between the markers
+    python benchmarks/tables.py --check    # exit status 1 where a table is not that of the results
+
+A table stands between "<!-- table NAME FILE -->" and "<!-- end of table -->".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+Row = dict[str, Any]
+FAR_NS = 200  # as benchmarks/kernels.py
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args(arguments)
+    stale = []
+    for document in sorted((ROOT / "docs").glob("*.md")):
+        before = document.read_text()
+        after = _BLOCK.sub(rewritten, before)
+        if after != before:
+            stale.append(document.name)
+            if not given.check:
+                document.write_text(after)
+    if stale:
+        print(f"{'out of date' if given.check else 'rewritten'}: {', '.join(stale)}")
+    return 1 if stale and given.check else 0
+
+
+def rewritten(block: re.Match[str]) -> str:
+    """A block with the table that its results give."""
+    head, name, file, tail = block.groups()
+    rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
+    newest = {tuple(str(field(row, key)) for key in KEYS[name]): row for row in rows}
+    rows = list(newest.values())
+    return f"{head}{TABLES[name](rows)}\n{origin(rows)}\n{tail}"
+
+
+def field(row: Row, key: str) -> object:
+    """A field of a row, or of what it says of its settings and versions."""
+    if key == "mpi":
+        return row["versions"]["mpi"]
+    return row["settings"]["stats"] if key == "stats" else row[key]
+
+
+def kernels(rows: list[Row]) -> str:
+    """Kernels by rows, sizes by columns: GB/s and the share of the yardstick."""
+    sizes = sorted({row["bytes"] for row in rows})
+    lines = [["kernel", "type", "instructions", "yardstick", *map(size_text, sizes)]]
+    keys = {(r["isa"], r["dtype"], r["kernel"], r["yardstick"]): None for r in rows}
+    for isa, dtype, kernel, yardstick in keys:
+        cells = []
+        for size in sizes:
+            found = [r for r in rows if (r["isa"], r["dtype"], r["kernel"], r["bytes"])
+                     == (isa, dtype, kernel, size)]  # fmt: skip
+            cells.append(share_text(found[-1]) if found else "")
+        lines.append([kernel, dtype, isa, yardstick, *cells])
+    return markdown(lines)
+
+
+def collectives(rows: list[Row]) -> str:
+    """A line for each row of the benchmark: our time and busbw, and how we compare."""
+    names = list(dict.fromkeys(name for row in rows for name in row["compared"]))
+    peers = {"gloo": "gloo / ours", "mpi": "MPI / ours", "stats": "with statistics / without"}
+    titles = [peers[name] for name in names]
+    lines = [["collective", "MPI", "ranks", "type", "tensors", "size", "ms", "busbw (GB/s)",
+              "wrong", *titles]]  # fmt: skip
+    for row in rows:
+        ours = row["in_place"] or row["out_of_place"]
+        note = " (its sum)" if row["redop"] == "adasum" else ""
+        ratios = [
+            ratio_text(row["compared"].get(name, {}).get("ratio"), note if name != "stats" else "")
+            for name in names
+        ]
+        what = (
+            row["collective"] if row["redop"] == "none" else f"{row['collective']} {row['redop']}"
+        )
+        lines.append([
+            what, row["versions"]["mpi"], str(row["ranks"]), row["dtype"], str(row["tensors"]),
+            size_text(row["bytes"]), f"{ours['median_us'] / 1e3:.3g}", f"{ours['busbw_gbps']:.2f}",
+            str(ours["wrong"]), *ratios,
+        ])  # fmt: skip
+    return markdown(lines)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {"kernels": kernels, "collectives": collectives}
+# What tells one measurement from another; of equal ones the last counts.
+KEYS = {
+    "kernels": ("isa", "dtype", "kernel", "bytes", "threads"),
+    "collectives": ("collective", "redop", "ranks", "dtype", "tensors", "bytes", "mpi", "stats"),
+}
+
+
+def origin(rows: list[Row]) -> str:
+    """Where the numbers come from, one line."""
+    texts = dict.fromkeys(
+        f"{r['machine']['cpu']}, {r['machine']['usable_cores']} cores, torch"
+        f" {r['versions']['torch']}, commit {(r['commit'] or 'unknown')[:9]}, {r['date'][:10]}"
+        for r in rows
+    )
+    trips = [r["core_round_trip_ns"] for r in rows if r.get("core_round_trip_ns") is not None]
+    trips.sort()
+    far = sum(trip > FAR_NS for trip in trips)
+    probe = (
+        f" Round trip between the cores: median {trips[len(trips) // 2]:.0f} ns, far (more than"
+        f" {FAR_NS} ns) in {far} of {len(trips)} rows."
+        if trips
+        else ""
+    )
+    return f"\n*{'; '.join(texts)}.{probe}*\n"
+
+
+def size_text(num_bytes: int) -> str:
+    """4 KiB, 64 MiB; others in MB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= unit and num_bytes % unit == 0:
+            return f"{num_bytes // unit} {name}"
+    return f"{num_bytes / 1e6:.3g} MB"
+
+
+def share_text(row: Row) -> str:
+    """GB/s, share and interval."""
+    share = row["share"]
+    return f"{row['gbps']:.1f} ({share['value']:.2f} [{share['low']:.2f}, {share['high']:.2f}])"
+
+
+def ratio_text(ratio: Row | None, note: str) -> str:
+    """Ratio and interval; nothing where it was not measured."""
+    if ratio is None:
+        return ""
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]{note}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table; the first line are its titles."""
+    first, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([first, "|" + "---|" * len(lines[0]), *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
