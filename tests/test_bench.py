@@ -185,7 +185,9 @@ def test_a_ratio_of_few_repeats_is_refused() -> None:
 def test_a_summary_has_median_and_percentiles() -> None:
     found = timing.summarise(torch.arange(101, dtype=torch.float64))
     assert found == timing.Summary(median=50.0, p50=50.0, p99=99.0, min=0.0, mean=50.0)
-    assert timing.summarise(torch.ones(99, dtype=torch.float64)).p99 is None, "of so few it would be the maximum"
+    assert timing.summarise(torch.ones(99, dtype=torch.float64)).p99 is None, (
+        "of so few it would be the maximum"
+    )
 
 
 class OneRank:

@@ -56,7 +56,6 @@ CASES = [
     for op in ["sum", "average", "min", "max", "product"]
     for dtype in [*FLOATS, *INTEGERS, "bool"]
     if not (dtype == "bool" and op in ("sum", "average"))
-    and not (dtype == "int64" and op == "average")
 ]
 
 

@@ -165,6 +165,10 @@ def test_squares_are_added_before_the_result_is_rounded(
     squares = testing.reduce_squares(
         DTYPES[dtype], inputs, 3.0, out, bounds, segments, groups, 3, isa=isa
     )
+    elsewhere = testing.reduce_squares(
+        DTYPES[dtype], inputs, 3.0, np.empty_like(out), bounds, segments, groups, 3, isa="baseline"
+    )
+    assert reference.same_bits(np.array(squares), np.array(elsewhere))
     plain = np.empty_like(out)
     testing.reduce(DTYPES[dtype], SUM, inputs, 3.0, plain, numel, isa=isa)
     assert reference.same_bits(out, plain)

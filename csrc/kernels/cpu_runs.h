@@ -2,7 +2,8 @@
 #include "base/types.h"
 
 /// Arithmetic on runs: contiguous elements of one type. Every instruction set has a table of the
-/// same functions, which give the same bits (docs/algorithms.md, "Sixteen lanes").
+/// same functions, which give the same bits but for sign and payload of a NaN (docs/algorithms.md,
+/// "Sixteen lanes").
 ///
 /// The files that are compiled for an instruction set include this header and nothing that defines
 /// inline functions which they use: the linker keeps one copy of those, and it could be theirs.

@@ -34,7 +34,7 @@ struct PackArgs {
   std::int64_t numel = 0;
   DType dtype = DType::f32;
   const SegmentTable* segments = nullptr;
-  double scale = 1.0;  ///< every element is multiplied; other than 1 only for float types
+  double scale = 1.0;  ///< every element is multiplied; other than 1 only where can_scale()
 };
 struct UnpackArgs {
   const void* fused = nullptr;
@@ -90,7 +90,7 @@ struct KernelTable {
 /// has finished when a call returns. They throw UsageError for a dtype without the operation.
 const KernelTable& cpu_kernels();
 /// Those for "baseline", "avx2" or "avx512"; null where this build or this CPU lacks it. All give
-/// the same bits.
+/// the same bits, but for sign and payload of a NaN.
 const KernelTable* cpu_kernels_for(std::string_view isa);
 
 /// Whether elements of `dtype` can be reduced by `op`.
