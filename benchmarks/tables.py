@@ -59,7 +59,12 @@ def field(row: Row, key: str) -> object:
 
 
 def kernels(rows: list[Row]) -> str:
-    """Kernels by rows, sizes by columns: GB/s and the share of the yardstick."""
+    """Kernels by rows, sizes by columns: GB/s and the share of the yardstick.
+
+    Of other instruction sets than the first only Adasum's kernels: the file has the others.
+    """
+    first = rows[0]["isa"]
+    rows = [row for row in rows if row["isa"] == first or row["kernel"].startswith("pair_")]
     sizes = sorted({row["bytes"] for row in rows})
     lines = [["kernel", "type", "instructions", "yardstick", *map(size_text, sizes)]]
     keys = {(r["isa"], r["dtype"], r["kernel"], r["yardstick"]): None for r in rows}

@@ -1,139 +1,121 @@
 """Trains a small network on real handwritten digits, data parallel over MPI ranks.
 
-    mpirun -n 2 python examples/train_digits.py --reduce adasum
+    mpirun -n 2 python examples/train_digits.py --reduce adasum --workers-per-rank 32
+    mpirun -n 2 python examples/train_digits.py --compare --json digits.jsonl --figures .
 
-The data (1,797 images of 8 x 8 pixels) ship with scikit-learn. Every rank computes the gradient of
-its own micro-batch; one grouped all-reduce makes one gradient of them all; every rank takes the
-same step. The learning rate is the one for a single worker, whatever the number of ranks: with
---reduce sum the step grows with the ranks, with average it does not, Adasum decides from the
-gradients.
+The data ship with scikit-learn. Every worker computes the gradient of its own micro-batch, and one
+reduction makes one step of them all. The rate is the one for a single worker: average keeps it,
+sum multiplies it by the workers, Adasum lets the gradients decide, AdaScale multiplies it by the
+gain, and lsw (linear scaling with warm-up) by the workers after a warm-up.
+
+--compare runs all of them from several seeds, prints one table, and one worker alone beside them.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import importlib.util
 from contextlib import nullcontext
+from pathlib import Path
 
+import digits_compare
 import torch
+from digits_data import BY_STEPS, METHODS, Settings
+from digits_methods import Result, train
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from sklearn.datasets import load_digits
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import adareduce.torch as hvd
-
-TEST_SAMPLES = 360
-REDUCTIONS = {"average": hvd.Average, "sum": hvd.Sum, "adasum": hvd.Adasum}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reduce", choices=REDUCTIONS, default="adasum")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=8, help="samples per rank and step")
-    parser.add_argument("--rate", type=float, default=0.5, help="learning rate of one worker")
-    parser.add_argument("--hidden", type=int, default=64, help="width of the hidden layer")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--reduce", choices=METHODS, default="adasum")
+    add("--workers-per-rank", type=int, default=1, metavar="K", help="computed one after the other")
+    add("--epochs", type=int, default=10, help="of average, sum and adasum")
+    add("--steps", type=int, default=3600, help="of one worker, for adascale and lsw")
+    add("--batch", type=int, default=8, help="samples per worker and step")
+    add("--rate", type=float, help="of one worker; 0.5, adascale and lsw: 0.2, decaying to 0.002")
+    add("--hidden", type=int, default=64, help="width of the hidden layer")
+    add("--seed", type=int, default=0)
+    add("--activation", choices=["relu", "tanh"], default="relu")
+    add("--raw-pixels", action="store_true", help="do not subtract the mean image")
+    group = parser.add_argument_group("comparison")
+    add = group.add_argument
+    add("--compare", action="store_true", help="all methods; takes a few minutes")
+    add("--quick", action="store_true", help="a comparison of seconds that shows nothing but life")
+    add("--workers", type=int, nargs="+", default=[16, 64], help="over all ranks")
+    add("--seeds", type=int, default=3)
+    add("--json", type=Path, metavar="FILE", help="appends one line per training")
+    add("--figures", type=Path, metavar="FOLDER", help="writes PNG files; needs matplotlib")
     arguments = parser.parse_args()
-    for name in ("epochs", "batch", "hidden"):
+    for name in ("workers_per_rank", "epochs", "steps", "batch", "hidden", "seeds"):
         if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.rate is not None and not arguments.rate > 0:
+        parser.error(f"--rate must be above 0, got {arguments.rate}")
+    if arguments.figures is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--figures needs matplotlib; pip install 'adareduce[bench]'")
     return arguments
-
-
-def load_data(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Training images and labels, test images and labels; the same split on every rank."""
-    digits = load_digits()
-    images = torch.tensor(digits.data, dtype=torch.float32) / 16
-    labels = torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    test, train = order[:TEST_SAMPLES], order[TEST_SAMPLES:]
-    return images[train], labels[train], images[test], labels[test]
-
-
-def rate_at(step: int, steps: int, rate: float) -> float:
-    """Linear warm-up over the first tenth, then linear decay to zero."""
-    warm_up = max(1, steps // 10)
-    return rate * min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
 
 
 def main() -> None:
     arguments = parse_arguments()
+    torch.set_num_threads(1)  # these matrices are far too small to share
     hvd.init()
-    torch.manual_seed(arguments.seed)
-    images, labels, test_images, test_labels = load_data(arguments.seed)
+    if arguments.compare or arguments.quick:
+        digits_compare.compare(arguments)
+    else:
+        train_once(arguments)
 
-    model = torch.nn.Sequential(
-        torch.nn.Linear(64, arguments.hidden),
-        torch.nn.ReLU(),
-        torch.nn.Linear(arguments.hidden, 10),
+
+def train_once(arguments: argparse.Namespace) -> None:
+    method = arguments.reduce
+    settings = Settings(
+        method=method,
+        workers=hvd.size() * arguments.workers_per_rank,
+        batch=arguments.batch,
+        rate=arguments.rate or (0.2 if method in BY_STEPS else 0.5),
+        epochs=arguments.epochs,
+        reference_steps=arguments.steps,
+        hidden=arguments.hidden,
+        activation=arguments.activation,
+        raw_pixels=arguments.raw_pixels,
+        seed=arguments.seed,
     )
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=arguments.rate)
-
-    global_batch = arguments.batch * hvd.size()
-    steps_per_epoch = len(labels) // global_batch
-    if steps_per_epoch == 0:
-        raise SystemExit(f"{hvd.size()} ranks x --batch {arguments.batch} exceed the data")
-    steps = arguments.epochs * steps_per_epoch
-    # Every rank draws the same order and takes its own part of each global batch.
-    shuffler = torch.Generator().manual_seed(arguments.seed)
-
     console = Console(soft_wrap=True)
     is_first = hvd.rank() == 0
     progress = Progress(
         TextColumn("training"),
         BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        TaskProgressColumn(),
+        TextColumn("step {task.fields[steps]}  loss {task.fields[loss]:.3f}{task.fields[gain]}"),
         TimeRemainingColumn(),
         console=console,
     )
     if is_first:
-        console.print(
-            f"{hvd.size()} ranks, --reduce {arguments.reduce}, rate {arguments.rate} (not"
-            f" rescaled), {arguments.batch} samples per rank and step, seed {arguments.seed}"
-        )
-    communication = 0.0
-    started = time.perf_counter()
+        console.print(f"{hvd.size()} ranks x {arguments.workers_per_rank} workers, {settings}")
     with progress if is_first else nullcontext():
-        bar = progress.add_task("", total=steps, loss=float("nan"))
-        for step in range(steps):
-            if step % steps_per_epoch == 0:
-                order = torch.randperm(len(labels), generator=shuffler)
-            first = step % steps_per_epoch * global_batch + hvd.rank() * arguments.batch
-            batch = order[first : first + arguments.batch]
+        bar = progress.add_task("", total=1.0, steps=0, loss=float("nan"), gain="")
 
-            optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
-            loss.backward()
+        def show(share: float, result: Result) -> None:
+            if is_first and (result.steps % 20 == 0 or share >= 1.0):
+                gain = f"  gain {result.gains[-1]:.1f}" if result.gains else ""
+                progress.update(
+                    bar, completed=share, steps=result.steps, loss=result.losses[-1], gain=gain
+                )
 
-            before = time.perf_counter()
-            gradients = [parameter.grad for parameter in model.parameters()]
-            hvd.grouped_allreduce_(gradients, name="gradients", op=REDUCTIONS[arguments.reduce])
-            communication += time.perf_counter() - before
-
-            optimizer.param_groups[0]["lr"] = rate_at(step, steps, arguments.rate)
-            optimizer.step()
-            if is_first and (step % 20 == 0 or step == steps - 1):
-                progress.update(bar, completed=step + 1, loss=loss.item())
-    elapsed = time.perf_counter() - started
-
+        result = train(settings, show)
     if is_first:
-        with torch.no_grad():
-            correct = (model(test_images).argmax(dim=1) == test_labels).float().mean().item()
+        samples = result.steps * settings.workers * settings.batch
         console.print(
-            f"test accuracy {correct:.2%}   {steps} steps   "
-            f"{steps * global_batch / elapsed:,.0f} samples/s   "
-            f"communication {communication:.2f} s of {elapsed:.2f} s"
+            f"test accuracy {result.accuracy:.2%}   {result.steps} steps   "
+            f"{samples / result.seconds:,.0f} samples/s   "
+            f"communication {result.communication:.2f} s of {result.seconds:.2f} s"
         )
 
 

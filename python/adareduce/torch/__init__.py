@@ -35,6 +35,7 @@ from adareduce.runtime import (
     shutdown,
     size,
 )
+from adareduce.torch.adascale import AdaScale
 from adareduce.torch.allgather import (
     allgather,
     allgather_async,
@@ -55,6 +56,7 @@ from adareduce.torch.alltoall import alltoall, alltoall_async
 from adareduce.torch.barrier import barrier
 from adareduce.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
 from adareduce.torch.compression import Compression
+from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer
 from adareduce.torch.handles import Handle, poll, synchronize
 from adareduce.torch.objects import allgather_object, broadcast_object, broadcast_parameters
@@ -66,6 +68,7 @@ from adareduce.torch.reducescatter import (
     reducescatter,
     reducescatter_async,
 )
+from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup
 from adareduce.torch.statistics import (
     ReductionStats,
     grouped_allreduce_with_stats,
@@ -89,13 +92,17 @@ def init(
 
 
 __all__ = [
+    "AdaScale",
+    "AdaScaleSchedule",
     "Adasum",
     "Average",
     "Compression",
     "DistributedOptimizer",
+    "GainEstimator",
     "GradientReducer",
     "Handle",
     "HorovodInternalError",
+    "LinearScalingWarmup",
     "Max",
     "Min",
     "ProcessSet",

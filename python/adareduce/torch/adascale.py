@@ -1,0 +1,383 @@
+"""AdaScale: the learning rate of large batches, from the variance of the gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from adareduce.ops import ReduceOp
+from adareduce.runtime import ProcessSet, global_process_set
+from adareduce.torch.differences import ConsecutiveGradients
+from adareduce.torch.gain import GainEstimator
+from adareduce.torch.gradients import GradientReducer
+
+
+class AdaScale(torch.optim.Optimizer):
+    """Wraps an optimizer: averages gradients over all ranks and multiplies the rate by the gain.
+
+    The wrapped optimizer's ``lr`` and its schedule stay those of scale 1; for the time of its
+    ``step`` alone each group's ``lr`` is multiplied by the gain, between 1 and S. ``tau`` counts
+    scale-invariant steps: index the schedule by it (``AdaScaleSchedule``), and stop by it.
+
+    Args:
+        optimizer: A ``DistributedOptimizer`` with op=Average, or a plain one.
+        named_parameters: Names for messages. This, ``backward_passes_per_step`` and
+            ``process_set`` are for a plain optimizer: a distributed one has been told.
+        scale: S; ranks times passes by default. Above 1 on one rank without accumulation, the
+            gain comes from differences of consecutive gradients, which is biased.
+        backward_passes_per_step: Passes before ``step``. They are added: divide the loss by them.
+        per_group: Each parameter group has its own gain; else all have the total one.
+        loss_scale: What the loss was multiplied by when gradients are reduced: a number, a
+            function, or a GradScaler. Statistics alone are divided by it.
+        process_set: The ranks that take part.
+        **estimator: ``smoothing``, ``averaging``, ``clip``, ``floor``, ``absolute_floor``, as
+            ``GainEstimator`` takes them.
+
+    Raises:
+        ValueError: An argument is out of range, or the wrapped optimizer does not average.
+
+    Source: Johnson et al., arXiv 2007.05105; docs/large_batch.md.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+        *,
+        scale: float | None = None,
+        backward_passes_per_step: int | None = None,
+        per_group: bool = True,
+        loss_scale: float | Callable[[], float] | Any = 1.0,
+        process_set: ProcessSet = global_process_set,
+        **estimator: Any,
+    ) -> None:
+        self.optimizer = optimizer
+        # As after unpickling: the hooks of an optimizer, without parameter groups of its own.
+        self.__setstate__({})
+        for number, group in enumerate(optimizer.param_groups):
+            if "lr" not in group:
+                raise ValueError(f"AdaScale: optimizer must have an lr in group {number}, got none")
+        self._is_distributed = hasattr(optimizer, "skip_synchronize")
+        if self._is_distributed:
+            _check_distributed(optimizer, named_parameters, backward_passes_per_step, process_set)
+            self._reducer: GradientReducer = optimizer.reducer  # type: ignore[attr-defined]
+            self._reducer.with_statistics = True
+        else:
+            self._reducer = _own_reducer(
+                optimizer, named_parameters, backward_passes_per_step, process_set
+            )
+        if not self._reducer.process_set.included():
+            raise ValueError("AdaScale: process_set must include this rank, got one that does not")
+        self._per_group = per_group
+        self._loss_scale = loss_scale
+        device = next((p.device for p in self._parameters()), torch.device("cpu"))
+        self._estimator = GainEstimator(
+            len(optimizer.param_groups), self._count(), scale, device=device, **estimator
+        )
+        self._tau = torch.zeros((), dtype=torch.float64, device=device)
+        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._sample: torch.Tensor | None = None  # statistics of the gradients that are reduced
+        self._differences = ConsecutiveGradients()
+        self._must_synchronize = True
+        self._is_synchronized = False  # by the caller, without a step since
+        self._is_reduced_for_scaler = False
+
+    # ---- a step -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Reduces the gradients now, so that they can be clipped before ``step``.
+
+        Let ``step`` follow in ``skip_synchronize()``. Collective; blocks.
+        """
+        self._reduce()
+        self._is_synchronized = True
+
+    @contextlib.contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Within this, ``step`` takes the gradients as they are, after ``synchronize()``."""
+        if not self._is_synchronized:
+            raise RuntimeError("AdaScale.skip_synchronize: synchronize() must come first, got none")
+        self._must_synchronize = False
+        try:
+            yield
+        finally:
+            self._must_synchronize = True
+            self._is_synchronized = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Reduces the gradients and takes one step of the wrapped optimizer at the scaled rate.
+
+        If a reduced gradient is not finite, all ranks skip the step: averages, tau, weights and
+        the wrapped optimizer's state stay as they are. Collective; blocks.
+
+        Args:
+            closure: Called once, before the reduction; must call ``backward``.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: ``synchronize()`` has averaged the gradients, but this is not called in
+                ``skip_synchronize()``.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if self._must_synchronize and not self._is_reduced_for_scaler:
+            self._reduce()
+        self._is_synchronized = self._is_reduced_for_scaler = False
+        if self._reducer.nonfinite:
+            self._skipped = self._skipped + 1
+            return result
+        self._observe()
+        with self._scaled_rates(), self._without_reduction():
+            self.optimizer.step()
+        self._tau = self._tau + self.gain
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer's."""
+        self._is_synchronized = self._is_reduced_for_scaler = False
+        if not self._is_distributed:
+            self._reducer.reset()
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Changes the passes, on all ranks between the same steps; S changes in proportion."""
+        self._reducer.passes_per_step = passes
+        self._estimator.set_count(self._count())
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler.step asks for this before it looks at gradients. Reduced now, they are the same
+        # on all ranks, which find the same infinities and call step() or not, alike.
+        if self._must_synchronize:
+            with torch.no_grad():
+                self._reduce()
+            self._is_reduced_for_scaler = True
+        return False
+
+    # ---- what is known ----------------------------------------------------------------------
+
+    @property
+    def tau(self) -> torch.Tensor:
+        """float64 (): scale-invariant steps so far, the sum of the total gains."""
+        return self._tau
+
+    scale_invariant_steps = tau
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """float64 (): gain of all groups together, which drives ``tau``; in [1, S]."""
+        return self._estimator.gain
+
+    @property
+    def gains(self) -> torch.Tensor:
+        """float64 (groups,): what each group's rate was multiplied by."""
+        gains = self._estimator.gains
+        return gains if self._per_group else self.gain.expand_as(gains)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """float64 (): averaged sigma^2, the trace of the gradient's covariance at scale 1."""
+        return self._estimator.variance
+
+    @property
+    def squared_norm(self) -> torch.Tensor:
+        """float64 (): averaged mu^2, the squared norm of the true gradient."""
+        return self._estimator.squared_norm
+
+    @property
+    def scale(self) -> float:
+        """S."""
+        return self._estimator.scale
+
+    @property
+    def is_biased(self) -> torch.Tensor:
+        """Whether the gain comes from differences of consecutive gradients; bool ()."""
+        return self._estimator.is_biased
+
+    @property
+    def skipped_steps(self) -> torch.Tensor:
+        """int64 (): steps that were skipped because gradients were not finite."""
+        return self._skipped
+
+    def noise_scale(self, micro_batch_size: int) -> torch.Tensor:
+        """float64 (): the gradient noise scale in examples; see ``GainEstimator.noise_scale``."""
+        return self._estimator.noise_scale(micro_batch_size)
+
+    # ---- an optimizer's other sides ---------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups; their ``lr`` are the rates of scale 1."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: groups belong to the wrapped optimizer, before it is wrapped."""
+        raise ValueError("AdaScale.add_param_group: groups must be added before AdaScale is made")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state and AdaScale's, which is tensors only.
+
+        What ``torch.save`` writes, ``torch.load(weights_only=True)`` reads.
+        """
+        mine = {"tau": self._tau, "skipped_steps": self._skipped, **self._estimator.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "adascale": mine}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from ``state_dict()``, also on another number of ranks. Not collective.
+
+        Raises:
+            ValueError: The state is not AdaScale's, or has another number of groups.
+        """
+        if "adascale" not in state_dict:
+            raise ValueError(
+                f"AdaScale.load_state_dict: state_dict must be AdaScale's, got {list(state_dict)}"
+            )
+        mine = state_dict["adascale"]
+        self._estimator.load_state_dict(mine)
+        self._tau = mine["tau"].to(self._tau.device, torch.float64, copy=True)
+        self._skipped = mine["skipped_steps"].to(self._tau.device, torch.int64, copy=True)
+        self._differences = ConsecutiveGradients()
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+
+    # ---- behind the scenes ------------------------------------------------------------------
+
+    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _count(self) -> int:
+        """Micro-batches of a step."""
+        return self._reducer.process_set.size() * self._reducer.passes_per_step
+
+    def _reduce(self) -> None:
+        if self._is_synchronized:
+            raise RuntimeError(
+                "AdaScale.step: after synchronize() it must be called in skip_synchronize(), got"
+                " gradients that are averaged already"
+            )
+        if len(self.param_groups) != self._estimator.num_groups:
+            raise RuntimeError(
+                "AdaScale.step: parameter groups must be those it was made for, got"
+                f" {len(self.param_groups)} where there were {self._estimator.num_groups}"
+            )
+        if self._is_distributed:
+            self.optimizer.synchronize()  # type: ignore[attr-defined]
+        else:
+            self._reducer.reduce()
+        statistics = self._reducer.statistics
+        assert statistics is not None
+        loss_scale = self._loss_scale_now()
+        # Passes are added, so each one's gradient is that of the loss divided by their number.
+        micro_batch = statistics.new_tensor([self._reducer.passes_per_step**2, 1.0])
+        self._sample = (statistics * micro_batch / loss_scale**2).to(self._tau.device)
+        if self._estimator.count == 1 and self._estimator.scale > 1.0:
+            # Kept now: what step() finds in .grad may have been clipped or unscaled.
+            self._differences.keep([group["params"] for group in self.param_groups], loss_scale)
+
+    @contextlib.contextmanager
+    def _without_reduction(self) -> Iterator[None]:
+        if self._is_distributed:
+            with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
+                yield
+        else:
+            yield
+
+    def _loss_scale_now(self) -> float:
+        source = self._loss_scale
+        if hasattr(source, "get_scale"):
+            return float(source.get_scale())
+        return float(source() if callable(source) else source)
+
+    def _observe(self) -> None:
+        """Takes the statistics of a step that counts into the averages."""
+        if self._estimator.count > 1:
+            assert self._sample is not None
+            self._estimator.update(self._sample)
+        elif self._estimator.scale > 1.0:
+            squares = self._differences.squares(self._tau.device)
+            if squares is not None:
+                self._estimator.update(squares, differenced=True)
+
+    @contextlib.contextmanager
+    def _scaled_rates(self) -> Iterator[None]:
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        try:
+            for group, rate, gain in zip(groups, rates, self.gains.unbind(), strict=True):
+                if isinstance(rate, torch.Tensor):
+                    group["lr"] = rate * gain.to(rate)
+                else:
+                    group["lr"] = rate * float(gain)
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+
+
+def _own_reducer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
+    passes: int | None,
+    process_set: ProcessSet,
+) -> GradientReducer:
+    passes = 1 if passes is None else int(passes)
+    if passes < 1:
+        raise ValueError(f"AdaScale: backward_passes_per_step must be at least 1, got {passes}")
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    names = None
+    if named_parameters is not None:
+        by_parameter = {parameter: name for name, parameter in named_parameters}
+        unnamed = sum(p not in by_parameter for group in groups for p in group)
+        if unnamed:
+            raise ValueError(
+                f"AdaScale: named_parameters must name all parameters, got none for {unnamed}"
+            )
+        names = [by_parameter[parameter] for group in groups for parameter in group]
+    return GradientReducer(
+        groups,
+        names,
+        op=ReduceOp.Average,
+        passes_per_step=passes,
+        with_statistics=True,
+        process_set=process_set,
+    )
+
+
+def _check_distributed(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: object,
+    passes: int | None,
+    process_set: ProcessSet,
+) -> None:
+    reducer = getattr(optimizer, "reducer", None)  # that of Adasum has none
+    if reducer is None or reducer.op != ReduceOp.Average:
+        op = ReduceOp.Adasum if reducer is None else ReduceOp(reducer.op)
+        raise ValueError(f"AdaScale: optimizer must have op=Average, got op={op.name}")
+    for name, value, default in (
+        ("named_parameters", named_parameters, None),
+        ("backward_passes_per_step", passes, None),
+        ("process_set", process_set, global_process_set),
+    ):
+        if value is not default:
+            raise ValueError(
+                f"AdaScale: {name} must be given to the DistributedOptimizer that is wrapped, got"
+                f" {value!r:.80}"
+            )
