@@ -34,7 +34,7 @@ def expected_of(op: str, arrays: list[NDArray], dtype: str) -> NDArray:
     flat = [np.atleast_1d(array).ravel() for array in arrays]
     if op in ("sum", "average"):
         divisor = len(arrays) if op == "average" else 1.0
-        if dtype == "int64" and op == "average":
+        if dtype == "int64" and op == "average" and len(arrays) > 1:
             with np.errstate(over="ignore"):
                 total = np.add.reduce(np.stack(flat), axis=0)
             quotients = np.trunc(total.astype(np.float64) / len(arrays))

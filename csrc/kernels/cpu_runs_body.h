@@ -222,19 +222,6 @@ struct ProductOf {
   }
 };
 
-template <typename A>
-void add_squares(const A* block, std::int64_t numel, Lanes& lanes) {
-  const auto add = [&](const A* in) __attribute__((always_inline)) {
-    for (int r = 0; r < kRegisters; ++r) {
-      const F64 value = doubles(in + r * kWidth);
-      lanes.of[r] = add_product<A>(lanes.of[r], value, value);
-    }
-  };
-  std::int64_t i = 0;
-  for (; i + kLanes <= numel; i += kLanes) add(block + i);
-  if (i < numel) add(Tail<A>(block + i, numel - i).elements);
-}
-
 template <typename T, typename A>
 void divide_and_store(const A* block, std::int64_t numel, double divisor, T* out) {
   if (divisor == 1.0) {
@@ -242,15 +229,6 @@ void divide_and_store(const A* block, std::int64_t numel, double divisor, T* out
       narrow(block, numel, out);
     else
       for (std::int64_t i = 0; i < numel; ++i) out[i] = static_cast<T>(block[i]);
-  } else if constexpr (std::is_same_v<T, double>) {
-    for (std::int64_t i = 0; i < numel; ++i) out[i] = block[i] / divisor;
-  } else if constexpr (kIsFloat<T>) {
-    // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of
-    // a float and a small integer lies close enough to the middle between two floats.
-    const double reciprocal = 1.0 / divisor;
-    write_pairs(numel, out, [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-      return doubles_of_some(block + i, count) * reciprocal;
-    });
   } else if constexpr (std::is_integral_v<T>) {
     for (std::int64_t i = 0; i < numel; ++i)
       out[i] = integer_of<T>(static_cast<double>(block[i]) / divisor);
@@ -260,16 +238,12 @@ void divide_and_store(const A* block, std::int64_t numel, double divisor, T* out
 template <typename T, typename Op, bool is_average>
 void reduce_run(const ReduceRun& run) {
   using A = typename AccumulatorOf<T, is_average>::type;
-  constexpr bool kHasSquares = kIsFloat<T> && std::is_same_v<Op, SumOf>;
   A block[kBlock];
   A staged[kBlock];
-  Lanes of_inputs, of_result;
   for (std::int64_t done = 0; done < run.numel; done += kBlock) {
     const std::int64_t numel = run.numel - done < kBlock ? run.numel - done : kBlock;
     const std::int64_t begin = run.begin + done;
     widen(static_cast<const T*>(run.inputs[0]) + begin, numel, block);
-    if constexpr (kHasSquares)
-      if (run.squares != nullptr) add_squares(block, numel, of_inputs);
     for (int k = 1; k < run.num_inputs; ++k) {
       const T* in = static_cast<const T*>(run.inputs[k]) + begin;
       const A* next = staged;
@@ -277,26 +251,96 @@ void reduce_run(const ReduceRun& run) {
         next = in;
       else
         widen(in, numel, staged);
-      if constexpr (kHasSquares)
-        if (run.squares != nullptr) add_squares(next, numel, of_inputs);
       for (std::int64_t i = 0; i < numel; ++i) block[i] = Op::apply(block[i], next[i]);
     }
-    if constexpr (kHasSquares)
-      if (run.squares != nullptr) add_squares(block, numel, of_result);
     divide_and_store(block, numel, run.divisor, static_cast<T*>(run.out) + begin);
   }
-  if constexpr (kHasSquares)
-    if (run.squares != nullptr) {
-      run.squares[0] += of_inputs.total();
-      run.squares[1] += of_result.total();
+}
+
+// Accumulators of a sum: what reduce_run adds in.
+template <typename T>
+using Accumulators = std::conditional_t<std::is_same_v<T, double>, F64, F32>;
+F32 accumulators(const float* in) { return singles(in); }
+F32 accumulators(const Half* in) { return singles(in); }
+F32 accumulators(const BFloat16* in) { return singles(in); }
+F64 accumulators(const double* in) { return doubles(in); }
+F64 doubles_of(F64 value) { return value; }
+
+// A sum of floats, 16 lanes at a time. On the way it may add up squares: those of all inputs, and
+// of the result before it is divided and rounded.
+template <typename T, bool has_squares>
+void sum_run(const ReduceRun& run) {
+  using A = Accumulators<T>;
+  using Product = std::conditional_t<std::is_same_v<T, double>, double, float>;  // exact or not
+  // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of a
+  // float and a small integer lies close enough to the middle between two floats.
+  const double reciprocal = 1.0 / run.divisor;
+  Lanes of_inputs, of_result;
+  // `input_of(k)` points to kLanes elements.
+  const auto reduce_lanes = [&](auto&& input_of, T* out) __attribute__((always_inline)) {
+    A sums[kRegisters] = {};
+    for (int k = 0; k < run.num_inputs; ++k) {
+      const T* in = input_of(k);
+      for (int r = 0; r < kRegisters; ++r) {
+        const A value = accumulators(in + r * kWidth);
+        if constexpr (has_squares) {
+          const F64 wide = doubles_of(value);
+          of_inputs.of[r] = add_product<Product>(of_inputs.of[r], wide, wide);
+        }
+        sums[r] = k == 0 ? value : sums[r] + value;
+      }
     }
+    F64 wide[kRegisters];
+    for (int r = 0; r < kRegisters; ++r) {
+      wide[r] = doubles_of(sums[r]);
+      if constexpr (has_squares)
+        of_result.of[r] = add_product<Product>(of_result.of[r], wide[r], wide[r]);
+    }
+    for (int r = 0; r < kRegisters; r += 2) {
+      T* to = out + r * kWidth;
+      if (run.divisor == 1.0)
+        put_both(sums[r], sums[r + 1], to);
+      else if constexpr (std::is_same_v<T, double>)
+        put_both(wide[r] / run.divisor, wide[r + 1] / run.divisor, to);
+      else
+        put_both(wide[r] * reciprocal, wide[r + 1] * reciprocal, to);
+    }
+  };
+  T* out = static_cast<T*>(run.out) + run.begin;
+  std::int64_t i = 0;
+  for (; i + kLanes <= run.numel; i += kLanes)
+    reduce_lanes(
+        [&](int k) {
+          const T* in = static_cast<const T*>(run.inputs[k]) + run.begin + i;
+          prefetch(in);
+          return in;
+        },
+        out + i);
+  if (i < run.numel) {
+    T padded[kLanes], last[kLanes];
+    reduce_lanes(
+        [&](int k) {
+          const Tail<T> tail(static_cast<const T*>(run.inputs[k]) + run.begin + i, run.numel - i);
+          __builtin_memcpy(padded, tail.elements, sizeof padded);
+          return padded;
+        },
+        last);
+    __builtin_memcpy(out + i, last, static_cast<std::size_t>(run.numel - i) * sizeof(T));
+  }
+  if constexpr (has_squares) {
+    run.squares[0] += of_inputs.total();
+    run.squares[1] += of_result.total();
+  }
 }
 
 template <typename T, typename Op>
 void reduce(const ReduceRun& run) {
   if constexpr (std::is_integral_v<T>)
     if (run.divisor != 1.0) return reduce_run<T, Op, true>(run);
-  reduce_run<T, Op, false>(run);
+  if constexpr (kIsFloat<T> && std::is_same_v<Op, SumOf>)
+    return run.squares != nullptr ? sum_run<T, true>(run) : sum_run<T, false>(run);
+  else
+    reduce_run<T, Op, false>(run);
 }
 
 // ---- the rest
