@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Measures what docs/performance.md shows, on this machine and with this environment's MPI; adds
 # JSON lines to benchmarks/results. Takes some minutes; nothing else should run meanwhile.
-#   bash benchmarks/measure.sh [kernels] [collectives]        then: python benchmarks/tables.py
+#   bash benchmarks/measure.sh [kernels] [collectives] [steps]        then: python benchmarks/tables.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=benchmarks/results
 export OMP_NUM_THREADS=1
+
+steps() {
+  for ranks in 2 4; do
+    mpirun -n $ranks python benchmarks/training_step.py --iters 40 --json $results/training_step.jsonl
+  done
+}
 
 kernels() {
   python benchmarks/kernels.py --json $results/kernels.jsonl
@@ -29,5 +35,5 @@ collectives() {
   done
 }
 
-if [ $# -eq 0 ]; then set -- kernels collectives; fi
+if [ $# -eq 0 ]; then set -- kernels collectives steps; fi
 for part in "$@"; do $part; done

@@ -103,11 +103,28 @@ def collectives(rows: list[Row]) -> str:
     return markdown(lines)
 
 
-TABLES: dict[str, Callable[[list[Row]], str]] = {"kernels": kernels, "collectives": collectives}
+def steps(rows: list[Row]) -> str:
+    """Whole training steps: medians in ms, ratios with intervals."""
+    names = list(rows[0]["median_seconds"])
+    lines = [["ranks", *(f"{name} (ms)" for name in names), *rows[0]["ratios"], "hidden"]]
+    for row in rows:
+        lines.append([
+            str(row["ranks"]), *(f"{1e3 * row['median_seconds'][name]:.0f}" for name in names),
+            *(ratio_text(ratio, "") for ratio in row["ratios"].values()), f"{row['hidden']:.2f}",
+        ])  # fmt: skip
+    return markdown(lines)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "kernels": kernels,
+    "collectives": collectives,
+    "steps": steps,
+}
 # What tells one measurement from another; of equal ones the last counts.
 KEYS = {
     "kernels": ("isa", "dtype", "kernel", "bytes", "threads"),
     "collectives": ("collective", "redop", "ranks", "dtype", "tensors", "bytes", "mpi", "stats"),
+    "steps": ("ranks",),
 }
 
 
