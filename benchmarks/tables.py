@@ -106,11 +106,13 @@ def collectives(rows: list[Row]) -> str:
 def steps(rows: list[Row]) -> str:
     """Whole training steps: medians in ms, ratios with intervals."""
     names = list(rows[0]["median_seconds"])
-    lines = [["ranks", *(f"{name} (ms)" for name in names), *rows[0]["ratios"], "hidden"]]
+    lines = [["ranks", *(f"{name} (ms)" for name in names), *rows[0]["ratios"], "hidden",
+              "reduced during backward"]]  # fmt: skip
     for row in rows:
         lines.append([
             str(row["ranks"]), *(f"{1e3 * row['median_seconds'][name]:.0f}" for name in names),
             *(ratio_text(ratio, "") for ratio in row["ratios"].values()), f"{row['hidden']:.2f}",
+            f"{row['reduced_during_backward']:.2f}",
         ])  # fmt: skip
     return markdown(lines)
 

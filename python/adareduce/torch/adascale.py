@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from adareduce.ops import ReduceOp
-from adareduce.runtime import ProcessSet, global_process_set
+from adareduce.runtime import ProcessSet, global_process_set, reject_call
 from adareduce.torch.differences import ConsecutiveGradients
 from adareduce.torch.gain import GainEstimator
-from adareduce.torch.gradients import GradientReducer
+from adareduce.torch.gradients import GradientReducer, check_passes
 
 
 class AdaScale(torch.optim.Optimizer):
@@ -123,23 +123,47 @@ class AdaScale(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: ``synchronize()`` has averaged the gradients, but this is not called in
-                ``skip_synchronize()``.
+                ``skip_synchronize()``; or passes are missing.
         """
         result = None
         if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+            try:
+                with torch.enable_grad():
+                    result = closure()
+            except Exception as error:
+                self._reducer.abandon(error)
+                raise
+        is_scalers_first_look = self._is_reduced_for_scaler
         if self._must_synchronize and not self._is_reduced_for_scaler:
             self._reduce()
         self._is_synchronized = self._is_reduced_for_scaler = False
-        if self._reducer.nonfinite:
+        grad_scale = getattr(self, "grad_scale", None)  # GradScaler's, None after unscale_
+        found_inf = getattr(self, "found_inf", None)
+        if is_scalers_first_look and grad_scale is None and found_inf is not None:
+            raise RuntimeError(
+                "AdaScale.step: synchronize() must come before scaler.unscale_(), and step() in"
+                " skip_synchronize(), got gradients that were unscaled before they were averaged"
+            )
+        if self._reducer.nonfinite or (found_inf is not None and bool(found_inf > 0)):
             self._skipped = self._skipped + 1
             return result
         self._observe()
+        if grad_scale is not None:
+            gradients = [p.grad for p in self._parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, grad_scale.double().reciprocal().float())
         with self._scaled_rates(), self._without_reduction():
-            self.optimizer.step()
+            self._step_of_optimizer()
         self._tau = self._tau + self.gain
         return result
+
+    def _step_of_optimizer(self) -> None:
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            # A distributed one has told the others by itself.
+            if not self._is_distributed:
+                reject_call(self._reducer.process_set, error)
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's."""
@@ -150,18 +174,19 @@ class AdaScale(torch.optim.Optimizer):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Changes the passes, on all ranks between the same steps; S changes in proportion."""
+        check_passes(passes)
+        self._estimator.set_count(self._reducer.process_set.size() * passes)
         self._reducer.passes_per_step = passes
-        self._estimator.set_count(self._count())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler.step asks for this before it looks at gradients. Reduced now, they are the same
-        # on all ranks, which find the same infinities and call step() or not, alike.
+        # on all ranks, which find the same infinities. It then always calls step().
         if self._must_synchronize:
             with torch.no_grad():
                 self._reduce()
             self._is_reduced_for_scaler = True
-        return False
+        return True
 
     # ---- what is known ----------------------------------------------------------------------
 
@@ -267,17 +292,33 @@ class AdaScale(torch.optim.Optimizer):
         """Micro-batches of a step."""
         return self._reducer.process_set.size() * self._reducer.passes_per_step
 
-    def _reduce(self) -> None:
+    def _problem(self) -> str | None:
         if self._is_synchronized:
-            raise RuntimeError(
+            return (
                 "AdaScale.step: after synchronize() it must be called in skip_synchronize(), got"
                 " gradients that are averaged already"
             )
         if len(self.param_groups) != self._estimator.num_groups:
-            raise RuntimeError(
+            return (
                 "AdaScale.step: parameter groups must be those it was made for, got"
                 f" {len(self.param_groups)} where there were {self._estimator.num_groups}"
             )
+        if self._count() != self._estimator.count:
+            return (
+                "AdaScale.step: backward_passes_per_step must be changed by AdaScale's own"
+                f" set_backward_passes_per_step, got {self._reducer.passes_per_step} passes"
+            )
+        if self._reducer.is_incomplete:
+            return (
+                f"AdaScale.step: all {self._reducer.passes_per_step} backward passes must come"
+                " before it, since the gain depends on their number; got fewer"
+            )
+        return None
+
+    def _reduce(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            self._reducer.abandon(RuntimeError(problem))  # reduce() raises it, here and elsewhere
         if self._is_distributed:
             self.optimizer.synchronize()  # type: ignore[attr-defined]
         else:

@@ -107,6 +107,7 @@ class DeltaForm(Wrapper):
                 bucket.keep_start()
             with self._restoring():
                 loss = super().step(closure)
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for its schedulers
         with self._restoring():
             self._combine(process_set)
         return loss

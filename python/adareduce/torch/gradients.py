@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adareduce.ops import Average, ReduceOp, Sum
 from adareduce.runtime import (
@@ -20,8 +21,12 @@ from adareduce.settings import Settings
 from adareduce.torch.allreduce import grouped_allreduce_async_
 from adareduce.torch.buckets import Bucket, check_known, cut_buckets
 from adareduce.torch.compression import Compression, Compressor
-from adareduce.torch.handles import Handle, synchronize
+from adareduce.torch.handles import Handle, poll, synchronize
 from adareduce.torch.statistics import grouped_allreduce_with_stats_async_
+
+# The reducer whose hooks a parameter has. A newer one takes its parameters over: two would reduce
+# the same gradients twice.
+_reducer_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class GradientReducer:
@@ -100,6 +105,7 @@ class GradientReducer:
         ]
         self._known = set(map(id, backward_order))
         self._num_launched = 0
+        self._step = 0  # in names, so that no rank meets another in another step
         self._failure: Exception | None = None
         self._passes_per_step = 0
         self._removers: list[Callable[[], None]] = []
@@ -133,6 +139,17 @@ class GradientReducer:
     def num_buckets(self) -> int:
         """Requests per step."""
         return len(self._buckets)
+
+    @property
+    def num_finished(self) -> int:
+        """Requests of this step that have finished; those of a step that waits count."""
+        return sum(bucket.handle is not None and poll(bucket.handle) for bucket in self._buckets)
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether backward passes were made on this rank, but none of them was the last."""
+        most = max((max(bucket.passes, default=0) for bucket in self._buckets), default=0)
+        return 0 < most < self._passes_per_step
 
     @property
     def is_outstanding(self) -> bool:
@@ -180,6 +197,7 @@ class GradientReducer:
             self.abandon(error)
         self._wait()
         failure, self._failure = self._failure, None
+        self._num_launched = len(self._buckets)  # also where there are none: it was a step
         self.reset()
         if failure is not None:
             raise failure
@@ -199,6 +217,8 @@ class GradientReducer:
                 "gradients must not be touched while they are being reduced: call step() or"
                 " synchronize() after backward()"
             )
+        if self._num_launched > 0 or any(any(bucket.passes) for bucket in self._buckets):
+            self._step += 1  # done or given up
         self._num_launched = 0
         for bucket in self._buckets:
             bucket.reset()
@@ -213,6 +233,10 @@ class GradientReducer:
         needs_squares = self._with_statistics and self._passes_per_step > 1
         for number, bucket in enumerate(self._buckets):
             for place, parameter in enumerate(bucket.parameters):
+                former = _reducer_of[parameter]() if parameter in _reducer_of else None
+                if former is not None and former is not self:
+                    former.close()
+                _reducer_of[parameter] = weakref.ref(self)
                 if needs_squares:
                     see = _hook(self, GradientReducer._see, number, place)
                     self._removers.append(parameter.register_hook(see).remove)  # type: ignore[no-untyped-call]
@@ -259,7 +283,7 @@ class GradientReducer:
                     extra["local_squares"] = bucket.squares
             handle = call(
                 tensors,
-                name=bucket.title,
+                name=f"{bucket.title}, step {self._step}",
                 op=self.op,
                 prescale_factor=self._prescale_factor,
                 postscale_factor=self._postscale_factor,

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 
 from adareduce.ops import Adasum, Average, ReduceOp, Sum
-from adareduce.runtime import ProcessSet, global_process_set
+from adareduce.runtime import (
+    HorovodInternalError,
+    ProcessSet,
+    global_process_set,
+    reject_call,
+)
 from adareduce.settings import Settings
 from adareduce.torch.allreduce import allreduce
 from adareduce.torch.compression import Compression, Compressor
@@ -176,7 +181,12 @@ class GradientForm(Wrapper):
         """
         self._check_groups_are_known()
         if closure is not None and self._must_synchronize:
-            return super().step(self._reducing(closure))
+            return self._step_of_optimizer(self._reducing(closure))
+        if closure is None and not self._must_synchronize and not self._is_synchronized:
+            raise RuntimeError(
+                "step: synchronize() must come before a step() in skip_synchronize(), got gradients"
+                " of this rank alone"
+            )
         if self._must_synchronize and not self._is_reduced_for_scaler:
             self._reduce_for_step()
         is_first_look = self._is_reduced_for_scaler and not self._is_synchronized
@@ -189,7 +199,7 @@ class GradientForm(Wrapper):
         if self._is_infinite_here():
             return None
         self._unscale_gradients()
-        return super().step(closure)
+        return self._step_of_optimizer(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # the optimizer's own step calls step hooks
 
@@ -212,6 +222,19 @@ class GradientForm(Wrapper):
             self._is_reduced_for_scaler = True
         return True
 
+    def _step_of_optimizer(self, closure: Callable[[], Any] | None) -> Any:
+        self._known_error: BaseException | None = None
+        try:
+            return super().step(closure)
+        except Exception as error:
+            # This rank's weights are no longer those of the others: their next call raises.
+            if error is not self._known_error and not isinstance(error, HorovodInternalError):
+                reject_call(self._options.process_set, error)
+            raise
+        finally:
+            # What a scheduler that was made for the wrapped optimizer looks at.
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]
+
     def _reduce_for_step(self) -> None:
         if self._is_synchronized:
             warnings.warn(
@@ -227,8 +250,13 @@ class GradientForm(Wrapper):
                 loss = closure()
             except Exception as error:
                 self.reducer.abandon(error)
+                self._known_error = error
                 raise
-            self.reducer.reduce()
+            try:
+                self.reducer.reduce()
+            except Exception as error:  # the others know
+                self._known_error = error
+                raise
             if isinstance(self, torch.optim.LBFGS) and self._options.process_set.included():
                 with torch.no_grad():
                     loss = allreduce(torch.as_tensor(loss), process_set=self._options.process_set)

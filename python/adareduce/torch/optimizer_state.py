@@ -46,13 +46,14 @@ def broadcast_optimizer_state(
     """
     is_root = rank() == root_rank
     tensors: list[torch.Tensor] = []
+    mine = [len(group["params"]) for group in optimizer.param_groups]
     skeleton = _replace(optimizer.state_dict(), torch.Tensor, _put_into(tensors)) if is_root else {}
-    skeleton = broadcast_object(skeleton, root_rank, "broadcast_optimizer_state", process_set)
+    skeleton, theirs = broadcast_object(
+        (skeleton, mine), root_rank, "broadcast_optimizer_state", process_set
+    )
     if not is_root:
         _replace(skeleton, _Place, lambda place: tensors.append(_make(place)))
     with rejected_on_all_ranks(process_set):
-        theirs = [len(group["params"]) for group in skeleton["param_groups"]]
-        mine = [len(group["params"]) for group in optimizer.param_groups]
         if theirs != mine:
             raise ValueError(
                 "broadcast_optimizer_state: optimizer must have parameter groups of the root's"

@@ -42,33 +42,38 @@ class AdaScaleSchedule:
                 "AdaScaleSchedule: scheduler must be an LRScheduler that counts steps, got"
                 f" {type(scheduler).__name__}"
             )
-        if scheduler.optimizer not in (optimizer, optimizer.optimizer):
+        wrapped = optimizer.optimizer
+        innermost = getattr(wrapped, "_optimizer", wrapped)  # of a distributed one
+        if getattr(scheduler, "optimizer", None) not in (optimizer, wrapped, innermost):
             raise ValueError(
                 "AdaScaleSchedule: scheduler must be made for the AdaScale or the optimizer that it"
                 " wraps, got one for another"
             )
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self._num_steps = int(getattr(scheduler, "last_epoch", 0))  # ChainedScheduler has none
 
     def step(self) -> None:
         """Advances the scheduler to floor(tau)."""
         target = math.floor(self.optimizer.tau.item())
         if hasattr(self.scheduler, "total_steps"):
             target = min(target, int(self.scheduler.total_steps) - 1)
-        while self.scheduler.last_epoch < target:
+        while self._num_steps < target:
             self.scheduler.step()
+            self._num_steps += 1
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
         """The unscaled rates of the groups."""
         return self.scheduler.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's; tau is in the state of AdaScale."""
-        return self.scheduler.state_dict()
+        """The scheduler's, and how often it was stepped; tau is in the state of AdaScale."""
+        return {"scheduler": self.scheduler.state_dict(), "num_steps": self._num_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The scheduler's."""
-        self.scheduler.load_state_dict(state_dict)
+        """Continues from ``state_dict()``."""
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        self._num_steps = int(state_dict["num_steps"])
 
 
 class LinearScalingWarmup(LRScheduler):
