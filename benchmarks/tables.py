@@ -112,7 +112,7 @@ def steps(rows: list[Row]) -> str:
         lines.append([
             str(row["ranks"]), *(f"{1e3 * row['median_seconds'][name]:.0f}" for name in names),
             *(ratio_text(ratio, "") for ratio in row["ratios"].values()), f"{row['hidden']:.2f}",
-            f"{row['reduced_during_backward']:.2f}",
+            f"{row['reduced_during_backward']:.2f}" if "reduced_during_backward" in row else "",
         ])  # fmt: skip
     return markdown(lines)
 
@@ -126,7 +126,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 KEYS = {
     "kernels": ("isa", "dtype", "kernel", "bytes", "threads"),
     "collectives": ("collective", "redop", "ranks", "dtype", "tensors", "bytes", "mpi", "stats"),
-    "steps": ("ranks",),
+    "steps": ("ranks", "commit"),
 }
 
 

@@ -23,7 +23,7 @@ from torch import nn
 import adareduce.torch as hvd
 from adareduce.bench import machine
 from adareduce.bench.ranks import Ranks
-from adareduce.bench.timing import Contender, measure, ratio_of_medians, summarise
+from adareduce.bench.timing import LEAST_REPEATS, Contender, measure, ratio_of_medians, summarise
 
 PAIRS = [
     ("overlapped", "alone"),
@@ -124,6 +124,8 @@ def main() -> int:
     parser.add_argument("--iters", type=int, default=20, help="steps of each kind (20)")
     parser.add_argument("--json", metavar="FILE", help="append a JSON line")
     given = parser.parse_args()
+    if given.iters < LEAST_REPEATS:
+        parser.error(f"--iters must be at least {LEAST_REPEATS}, got {given.iters}")
     hvd.init()
     torch.set_num_threads(1)
     ranks = Ranks()
