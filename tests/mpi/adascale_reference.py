@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 import adareduce.torch as hvd
@@ -22,15 +21,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda groups: torch.optim.SGD(groups, lr=0.02, momentum=0.9),
     "Adam": lambda groups: torch.optim.Adam(groups, lr=0.01),
 }
-WRAPPINGS = [
-    "plain",
-    pytest.param(
-        "distributed",
-        marks=pytest.mark.skipif(
-            not hasattr(hvd, "DistributedOptimizer"), reason="there is no DistributedOptimizer"
-        ),
-    ),
-]
+WRAPPINGS = ["plain", "distributed"]
 
 
 def make_model() -> torch.nn.Sequential:

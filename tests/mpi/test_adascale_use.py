@@ -244,9 +244,6 @@ def test_arguments_that_do_not_fit_are_refused_with_rule_and_value():
         optimizer.load_state_dict(sgd.state_dict())
 
 
-@pytest.mark.skipif(
-    not hasattr(hvd, "DistributedOptimizer"), reason="there is no DistributedOptimizer"
-)
 def test_a_distributed_optimizer_must_average_and_has_been_told_the_rest():
     model = make_model()
     for op in (hvd.Sum, hvd.Adasum):

@@ -107,15 +107,19 @@ class Case(abc.ABC):
         return [self._source.period(rank, index, self.numels[index]) for rank in range(self.size)]
 
 
-class Allreduce(Case):
-    """Everybody gets the reduction of all."""
-
-    runs_in_place = True
+class Reduction(Case):
+    """What does arithmetic."""
 
     def __init__(self, settings: Settings, total: int | list[int], rank: int, size: int) -> None:
         self.redop = settings.op
         self._op = hvd.ReduceOp[_OPS[settings.op]]
         super().__init__(settings, total, rank, size)
+
+
+class Allreduce(Reduction):
+    """Everybody gets the reduction of all."""
+
+    runs_in_place = True
 
     @staticmethod
     def factor(size: int) -> float:
@@ -178,15 +182,10 @@ class Allreduce(Case):
         ]
 
 
-class Reducescatter(Case):
+class Reducescatter(Reduction):
     """Everybody gets a part of the reduction of all."""
 
     ranks_agree = False
-
-    def __init__(self, settings: Settings, total: int | list[int], rank: int, size: int) -> None:
-        self.redop = settings.op
-        self._op = hvd.ReduceOp[_OPS[settings.op]]
-        super().__init__(settings, total, rank, size)
 
     @staticmethod
     def factor(size: int) -> float:
