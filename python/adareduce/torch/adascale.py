@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from adareduce.ops import ReduceOp
 from adareduce.runtime import ProcessSet, global_process_set, reject_call
+from adareduce.torch.adascale_arguments import check_distributed, own_reducer
 from adareduce.torch.differences import ConsecutiveGradients
 from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer, check_passes
@@ -62,11 +62,11 @@ class AdaScale(torch.optim.Optimizer):
                 raise ValueError(f"AdaScale: optimizer must have an lr in group {number}, got none")
         self._is_distributed = hasattr(optimizer, "skip_synchronize")
         if self._is_distributed:
-            _check_distributed(optimizer, named_parameters, backward_passes_per_step, process_set)
+            check_distributed(optimizer, named_parameters, backward_passes_per_step, process_set)
             self._reducer: GradientReducer = optimizer.reducer  # type: ignore[attr-defined]
             self._reducer.with_statistics = True
         else:
-            self._reducer = _own_reducer(
+            self._reducer = own_reducer(
                 optimizer, named_parameters, backward_passes_per_step, process_set
             )
         if not self._reducer.process_set.included():
@@ -371,54 +371,3 @@ class AdaScale(torch.optim.Optimizer):
         finally:
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-
-
-def _own_reducer(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
-    passes: int | None,
-    process_set: ProcessSet,
-) -> GradientReducer:
-    passes = 1 if passes is None else int(passes)
-    if passes < 1:
-        raise ValueError(f"AdaScale: backward_passes_per_step must be at least 1, got {passes}")
-    groups = [list(group["params"]) for group in optimizer.param_groups]
-    names = None
-    if named_parameters is not None:
-        by_parameter = {parameter: name for name, parameter in named_parameters}
-        unnamed = sum(p not in by_parameter for group in groups for p in group)
-        if unnamed:
-            raise ValueError(
-                f"AdaScale: named_parameters must name all parameters, got none for {unnamed}"
-            )
-        names = [by_parameter[parameter] for group in groups for parameter in group]
-    return GradientReducer(
-        groups,
-        names,
-        op=ReduceOp.Average,
-        passes_per_step=passes,
-        with_statistics=True,
-        process_set=process_set,
-    )
-
-
-def _check_distributed(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: object,
-    passes: int | None,
-    process_set: ProcessSet,
-) -> None:
-    reducer = getattr(optimizer, "reducer", None)  # that of Adasum has none
-    if reducer is None or reducer.op != ReduceOp.Average:
-        op = ReduceOp.Adasum if reducer is None else ReduceOp(reducer.op)
-        raise ValueError(f"AdaScale: optimizer must have op=Average, got op={op.name}")
-    for name, value, default in (
-        ("named_parameters", named_parameters, None),
-        ("backward_passes_per_step", passes, None),
-        ("process_set", process_set, global_process_set),
-    ):
-        if value is not default:
-            raise ValueError(
-                f"AdaScale: {name} must be given to the DistributedOptimizer that is wrapped, got"
-                f" {value!r:.80}"
-            )

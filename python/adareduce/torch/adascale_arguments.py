@@ -1,0 +1,72 @@
+"""What AdaScale checks and makes of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from adareduce.ops import ReduceOp
+from adareduce.runtime import ProcessSet, global_process_set
+from adareduce.torch.gradients import GradientReducer
+
+
+def own_reducer(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
+    passes: int | None,
+    process_set: ProcessSet,
+) -> GradientReducer:
+    """The reducer of a plain optimizer's gradients.
+
+    Raises:
+        ValueError: The passes are not positive, or a parameter has no name.
+    """
+    passes = 1 if passes is None else int(passes)
+    if passes < 1:
+        raise ValueError(f"AdaScale: backward_passes_per_step must be at least 1, got {passes}")
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    names = None
+    if named_parameters is not None:
+        by_parameter = {parameter: name for name, parameter in named_parameters}
+        unnamed = sum(p not in by_parameter for group in groups for p in group)
+        if unnamed:
+            raise ValueError(
+                f"AdaScale: named_parameters must name all parameters, got none for {unnamed}"
+            )
+        names = [by_parameter[parameter] for group in groups for parameter in group]
+    return GradientReducer(
+        groups,
+        names,
+        op=ReduceOp.Average,
+        passes_per_step=passes,
+        with_statistics=True,
+        process_set=process_set,
+    )
+
+
+def check_distributed(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: object,
+    passes: int | None,
+    process_set: ProcessSet,
+) -> None:
+    """Refuses a distributed optimizer that does not average, and what only it can be told.
+
+    Raises:
+        ValueError: Either.
+    """
+    reducer = getattr(optimizer, "reducer", None)  # that of Adasum has none
+    if reducer is None or reducer.op != ReduceOp.Average:
+        op = ReduceOp.Adasum if reducer is None else ReduceOp(reducer.op)
+        raise ValueError(f"AdaScale: optimizer must have op=Average, got op={op.name}")
+    for name, value, default in (
+        ("named_parameters", named_parameters, None),
+        ("backward_passes_per_step", passes, None),
+        ("process_set", process_set, global_process_set),
+    ):
+        if value is not default:
+            raise ValueError(
+                f"AdaScale: {name} must be given to the DistributedOptimizer that is wrapped, got"
+                f" {value!r:.80}"
+            )
