@@ -11,24 +11,14 @@
  */
 #include <stdint.h>
 
+#include "base/plugin.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 #define ADAREDUCE_MPI_PLUGIN_NAME "adareduce.mpi_plugin"
 #define ADAREDUCE_MPI_PLUGIN_VERSION 1u
-
-enum adareduce_status {
-  ADAREDUCE_OK = 0,
-  ADAREDUCE_ERROR = 1,    /* MPI refused: see the text */
-  ADAREDUCE_PEER_DEAD = 2 /* MPI says that a process of the communicator died (ULFM) */
-};
-
-typedef struct {
-  int32_t status;
-  int32_t peer;    /* rank of this communicator whose message failed or who died; -1: unknown */
-  char text[1000]; /* the call, MPI's own words, file and line; ends in 0 */
-} adareduce_error;
 
 typedef struct adareduce_comm adareduce_comm; /* a communicator that the plugin owns */
 typedef struct adareduce_op adareduce_op;     /* messages under way */

@@ -79,11 +79,34 @@ struct TensorSegment {
   Range range() const { return {offset, offset + numel}; }
 };
 
+/// At most kItemNumel consecutive elements of one segment: what one warp of a GPU works on.
+struct Item {
+  std::int64_t begin = 0;  ///< element of the fused buffer
+  std::int32_t numel = 0;
+  std::int32_t segment = 0;
+
+  Range range() const { return {begin, begin + numel}; }
+};
+inline constexpr std::int32_t kItemNumel = 4096;
+
+/// A fused buffer cut into items, in the order of the buffer; an empty segment has none. Owns
+/// nothing.
+struct ItemTable {
+  const Item* on_host = nullptr;
+  const Item* on_device = nullptr;
+  const std::int64_t* first_on_host = nullptr;    ///< [segments + 1]: a segment's first item
+  const std::int64_t* first_on_device = nullptr;  ///< the same on the GPU
+  std::int64_t count = 0;
+  double* slots = nullptr;  ///< on the GPU, [count][kSlotsPerItem]: partial sums
+};
+inline constexpr int kSlotsPerItem = 4;
+
 /// All segments of a fused buffer, in order of their offsets. Owns nothing.
 struct SegmentTable {
   const TensorSegment* on_host = nullptr;
   const TensorSegment* on_device = nullptr;  ///< the same table where kernels of a GPU can read it
   std::int64_t count = 0;
+  const ItemTable* items = nullptr;  ///< kernels of a GPU need it, those of the CPU do not
 };
 
 /// Tensors laid end to end, and a second buffer indexed alike. Owns nothing.

@@ -20,7 +20,7 @@ std::int64_t numel_of(const SegmentTable& segments) {
   return numel;
 }
 
-constexpr KernelTable kCounting{
+const KernelTable kCounting{
     .device = "cpu",
     .pair_stats =
         [](const PairStatsArgs& args, Stream stream) {
@@ -52,6 +52,9 @@ constexpr KernelTable kCounting{
           count("reduce", args.reduce.num_inputs * args.reduce.numel);
           cpu_kernels().reduce_squares(args, stream);
         },
+    .contribute_leaf_squares = cpu_kernels().contribute_leaf_squares,
+    .collect_leaf_squares = cpu_kernels().collect_leaf_squares,
+    .copy = cpu_kernels().copy,
 };
 
 }  // namespace

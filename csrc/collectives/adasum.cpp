@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <array>
 
-#include "kernels/coefficients.h"
-
 namespace adareduce {
 namespace {
 
@@ -17,18 +15,25 @@ std::unique_ptr<Exchange> exchange_with(Context& context, Rank peer, std::int64_
                                  std::span(receive).first(in.empty() ? 0 : 1));
 }
 
-// Adds the statistics of the group's ranks in rank order. Row 0 of `rows` holds this rank's part
-// and receives the sum; the rows after it hold every rank's part by position in the group.
+std::int64_t position_in(std::span<const Rank> group, Rank rank) {
+  return std::find(group.begin(), group.end(), rank) - group.begin();
+}
+
+// Where this rank's part of the statistics belongs: row 0 is for the sum, the rows after it hold
+// every rank's part by position in the group.
+double* own_row(std::span<const Rank> group, Rank rank, double* rows, std::int64_t row_numel) {
+  return group.size() <= 1 ? rows : rows + (1 + position_in(group, rank)) * row_numel;
+}
+
+// Adds the statistics of the group's ranks in rank order, from their rows into row 0.
 // Recursive doubling: log2(group) exchanges.
-Task add_over_group(Context context, std::span<const Rank> group, std::span<double> rows,
+Task add_over_group(Context context, std::span<const Rank> group, double* rows,
                     std::int64_t row_numel) {
   const auto group_size = static_cast<std::int64_t>(group.size());
   if (group_size <= 1) co_return;
-  double* const sum = rows.data();
+  double* const sum = rows;
   double* const gathered = sum + row_numel;
-  const std::int64_t mine =
-      std::find(group.begin(), group.end(), context.transport.rank()) - group.begin();
-  std::copy_n(sum, row_numel, gathered + mine * row_numel);
+  const std::int64_t mine = position_in(group, context.transport.rank());
 
   for (std::int64_t distance = 1; distance < group_size; distance *= 2) {
     const std::int64_t other = mine ^ distance;
@@ -50,26 +55,6 @@ Task add_over_group(Context context, std::span<const Rank> group, std::span<doub
                          context.stream);
 }
 
-// Per tensor, in a row behind its triples: the sum of |g_i|^2 over the leaves below a node. A
-// leaf's is among the triples; that of an inner node is carried up by the node's first owner.
-struct LeafSquares {
-  std::span<double> of_node;  // what this rank's operand has collected
-  std::span<double> of_row;   // what the group adds up
-
-  void contribute(const AdasumLevel& level) const {
-    const bool is_inner = !(level.is_lower ? level.lower_is_leaf : level.upper_is_leaf);
-    for (std::size_t t = 0; t < of_row.size(); ++t)
-      of_row[t] = is_inner && level.is_speaker ? of_node[t] : 0.0;
-  }
-  void collect(const AdasumLevel& level, const double* triples) const {
-    for (std::size_t t = 0; t < of_row.size(); ++t) {
-      of_node[t] = of_row[t];
-      if (level.lower_is_leaf) of_node[t] += triples[t * kStatsPerSegment + 1];
-      if (level.upper_is_leaf) of_node[t] += triples[t * kStatsPerSegment + 2];
-    }
-  }
-};
-
 }  // namespace
 
 std::int64_t adasum_stats_numel(std::span<const AdasumLevel> schedule, std::int64_t num_segments,
@@ -84,15 +69,16 @@ std::int64_t adasum_stats_numel(std::span<const AdasumLevel> schedule, std::int6
 Task adasum_allreduce(Context context, FusedBuffer buffer, std::span<const AdasumLevel> schedule,
                       std::span<double> stats, double* orthogonality) {
   const std::int64_t width = size_of(buffer.dtype);
-  const auto num_segments = static_cast<std::size_t>(buffer.segments.count);
-  const std::size_t num_triples = num_segments * kStatsPerSegment;
-  const std::size_t num_leaf_squares = orthogonality == nullptr ? 0 : num_segments;
-  const std::span<double> rows = stats.subspan(num_leaf_squares);
-  const LeafSquares leaves{stats.first(num_leaf_squares),
-                           rows.subspan(num_triples, num_leaf_squares)};
-  const auto tail_bytes = static_cast<std::int64_t>(num_leaf_squares * sizeof(double));
+  const std::int64_t num_triples = buffer.segments.count * kStatsPerSegment;
+  const std::int64_t num_leaf_squares = orthogonality == nullptr ? 0 : buffer.segments.count;
+  const std::int64_t row_numel = num_triples + num_leaf_squares;
+  double* const leaf_squares = stats.data();  // what this rank's operand has collected
+  double* const rows = leaf_squares + num_leaf_squares;
   double* const tail = reinterpret_cast<double*>(at(buffer.data, buffer.numel, width));
-  std::fill_n(tail, num_leaf_squares, 1.0);  // of one rank alone
+  if (schedule.empty()) {
+    if (orthogonality != nullptr) std::fill_n(orthogonality, num_leaf_squares, 1.0);
+    co_return;
+  }
 
   // Reduce-scatter: halve what this rank owns, double the distance to the peer.
   for (const AdasumLevel& level : schedule) {
@@ -104,18 +90,27 @@ Task adasum_allreduce(Context context, FusedBuffer buffer, std::span<const Adasu
                           .range = level.keep,
                           .dtype = buffer.dtype,
                           .segments = &buffer.segments};
-    context.kernels.pair_stats({pair, rows.data()}, context.stream);
-    leaves.contribute(level);
-    co_await add_over_group(context, level.group, rows,
-                            static_cast<std::int64_t>(num_triples + num_leaf_squares));
-    leaves.collect(level, rows.data());
-    context.kernels.pair_combine({pair, rows.data(), buffer.data}, context.stream);
-    for (std::size_t t = 0; t < num_leaf_squares; ++t)  // the last level's stays
-      tail[t] = adasum_orthogonality(&rows[t * kStatsPerSegment], leaves.of_node[t]);
+    double* const mine = own_row(level.group, context.transport.rank(), rows, row_numel);
+    context.kernels.pair_stats({pair, mine}, context.stream);
+    const bool is_inner = !(level.is_lower ? level.lower_is_leaf : level.upper_is_leaf);
+    LeafSquaresArgs leaves{.num_segments = num_leaf_squares,
+                           .of_node = leaf_squares,
+                           .carried = mine + num_triples,
+                           .contributes = is_inner && level.is_speaker,
+                           .pair_stats = rows,
+                           .lower_is_leaf = level.lower_is_leaf,
+                           .upper_is_leaf = level.upper_is_leaf,
+                           .orthogonality = tail};  // the last level's stays
+    if (orthogonality != nullptr) context.kernels.contribute_leaf_squares(leaves, context.stream);
+    co_await add_over_group(context, level.group, rows, row_numel);
+    leaves.carried = rows + num_triples;
+    if (orthogonality != nullptr) context.kernels.collect_leaf_squares(leaves, context.stream);
+    context.kernels.pair_combine({pair, rows, buffer.data}, context.stream);
   }
 
   // Allgather: the same levels backward; what was kept is sent, what was given away comes home.
   // A rank that sat out receives the tail with its result.
+  const std::int64_t tail_bytes = num_leaf_squares * static_cast<std::int64_t>(sizeof(double));
   for (std::size_t i = schedule.size(); i-- > 0;) {
     const AdasumLevel& level = schedule[i];
     const auto with_tail = [&](Range range) {
@@ -125,7 +120,8 @@ Task adasum_allreduce(Context context, FusedBuffer buffer, std::span<const Adasu
     co_await exchange_with(context, level.peer, 1, buffer.data, with_tail(level.keep), buffer.data,
                            with_tail(level.give));
   }
-  if (orthogonality != nullptr) std::copy_n(tail, num_leaf_squares, orthogonality);
+  if (orthogonality != nullptr)
+    context.kernels.copy(tail, tail_bytes, orthogonality, context.stream);
 }
 
 }  // namespace adareduce

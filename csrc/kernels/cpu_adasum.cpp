@@ -45,6 +45,22 @@ void pair_combine(const PairCombineArgs& args, Stream) {
   });
 }
 
+void contribute_leaf_squares(const LeafSquaresArgs& args, Stream) {
+  for (std::int64_t s = 0; s < args.num_segments; ++s)
+    args.carried[s] = args.contributes ? args.of_node[s] : 0.0;
+}
+
+void collect_leaf_squares(const LeafSquaresArgs& args, Stream) {
+  for (std::int64_t s = 0; s < args.num_segments; ++s) {
+    const double* stats = args.pair_stats + s * kStatsPerSegment;
+    double squares = args.carried[s];
+    if (args.lower_is_leaf) squares += stats[1];
+    if (args.upper_is_leaf) squares += stats[2];
+    args.of_node[s] = squares;
+    args.orthogonality[s] = adasum_orthogonality(stats, squares);
+  }
+}
+
 #define ADAREDUCE_INSTANTIATE(runs)                             \
   template void pair_stats<runs>(const PairStatsArgs&, Stream); \
   template void pair_combine<runs>(const PairCombineArgs&, Stream);

@@ -11,21 +11,21 @@ namespace {
 // Where results are counted while they are in the first-level cache.
 constexpr std::int64_t kCountBlock = 4096;
 
-void copy(const void* in, std::int64_t bytes, void* out) {
-  // A null pointer is legal for an empty tensor, not for memcpy.
-  if (bytes > 0) std::memcpy(out, in, static_cast<std::size_t>(bytes));
-}
-
 template <const Runs& runs>
 void copy_or_scale(const void* in, std::int64_t numel, DType dtype, double scale, void* out,
                    const char* kernel) {
   if (scale == 1.0)
-    copy(in, numel * size_of(dtype), out);
+    copy(in, numel * size_of(dtype), out, {});
   else if (numel > 0)
     entry_of(runs.scale, dtype, kernel)(in, numel, scale, out);
 }
 
 }  // namespace
+
+void copy(const void* from, std::int64_t bytes, void* to, Stream) {
+  // A null pointer is legal for an empty tensor, not for memcpy.
+  if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
+}
 
 template <const Runs& runs>
 void pack(const PackArgs& args, Stream) {

@@ -12,6 +12,9 @@ constexpr KernelTable kTable{
     cpu::unpack<runs>,
     cpu::reduce<runs>,
     cpu::reduce_squares<runs>,
+    cpu::contribute_leaf_squares,
+    cpu::collect_leaf_squares,
+    cpu::copy,
 };
 
 const KernelTable& best_table() {

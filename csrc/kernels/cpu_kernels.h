@@ -20,6 +20,10 @@ void reduce(const ReduceArgs& args, Stream);
 template <const Runs& runs>
 void reduce_squares(const ReduceSquaresArgs& args, Stream);
 
+void contribute_leaf_squares(const LeafSquaresArgs& args, Stream);
+void collect_leaf_squares(const LeafSquaresArgs& args, Stream);
+void copy(const void* from, std::int64_t bytes, void* to, Stream);
+
 /// The table for "baseline", "avx2" or "avx512"; null where this build or this CPU lacks it.
 const Runs* runs_for(std::string_view isa);
 

@@ -35,6 +35,8 @@ struct PackArgs {
   DType dtype = DType::f32;
   const SegmentTable* segments = nullptr;
   double scale = 1.0;  ///< every element is multiplied; other than 1 only where can_scale()
+  /// GPU only. Per segment: receives the sum of squares of what was written. May be null.
+  double* squares = nullptr;
 };
 struct UnpackArgs {
   const void* fused = nullptr;
@@ -44,6 +46,8 @@ struct UnpackArgs {
   double scale = 1.0;
   /// Per segment: receives the number of results that are infinite or not a number. May be null.
   std::int64_t* nonfinite = nullptr;
+  /// GPU only. Per segment: receives the sum of squares of what was read. May be null.
+  double* squares = nullptr;
 };
 
 /// How reduce makes one of several. Averages are sums with a divisor.
@@ -73,9 +77,26 @@ struct ReduceSquaresArgs {
   double* squares = nullptr;               ///< [groups][kSquaresPerGroup], added to
 };
 
+/// Per segment: the sum of |g_i|^2 over the leaves below a node of Adasum's tree. A leaf's is among
+/// the node's pair statistics; those of inner nodes are carried along with them.
+struct LeafSquaresArgs {
+  std::int64_t num_segments = 0;
+  double* of_node = nullptr;  ///< [segments]: of this rank's operand, then of the node
+  double* carried = nullptr;  ///< [segments]: what the ranks that share a pair add up
+  /// contribute_leaf_squares: `of_node` goes into `carried`, or zeros do.
+  bool contributes = false;
+  /// collect_leaf_squares: {<a,b>, |a|^2, |b|^2} of the pair, and which operands are leaves.
+  const double* pair_stats = nullptr;  ///< [segments][kStatsPerSegment]
+  bool lower_is_leaf = true;
+  bool upper_is_leaf = true;
+  double* orthogonality = nullptr;  ///< [segments]: receives adasum_orthogonality() of the node
+};
+
 /// The arithmetic of one device. Collectives hold a table and never ask which device it is.
 /// Empty ranges are legal everywhere. Which types have arithmetic: has_arithmetic(); all can be
-/// moved.
+/// moved. Arrays inside the arguments lie on the host where their pointers are to be followed by
+/// the caller's thread (`tensors`, `inputs`, segments' on_host) and on the device where numbers
+/// are read or written (`stats`, `squares`, `group_of`, `nonfinite`).
 struct KernelTable {
   const char* device;
   void (*pair_stats)(const PairStatsArgs&, Stream);
@@ -84,6 +105,9 @@ struct KernelTable {
   void (*unpack)(const UnpackArgs&, Stream);
   void (*reduce)(const ReduceArgs&, Stream);
   void (*reduce_squares)(const ReduceSquaresArgs&, Stream);
+  void (*contribute_leaf_squares)(const LeafSquaresArgs&, Stream);
+  void (*collect_leaf_squares)(const LeafSquaresArgs&, Stream);
+  void (*copy)(const void* from, std::int64_t bytes, void* to, Stream);
 };
 
 /// The CPU's, for the best instruction set that this CPU has. They run on the calling thread, which
