@@ -53,8 +53,8 @@ typedef struct {
 } adareduce_cuda_group_args;
 
 typedef struct {
-  int64_t numel;
-  int64_t rows; /* first dimension */
+  int64_t rows;      /* first dimension; 1 for a scalar */
+  int64_t row_numel; /* elements of one row */
   int32_t dtype;
   int32_t group; /* of its statistics */
 } adareduce_cuda_tensor;

@@ -9,5 +9,8 @@ void bind_engine(pybind11::module_& module);
 void bind_local(pybind11::module_& module);
 void bind_testing(pybind11::module_& module);
 void bind_timing(pybind11::module_& module);
+// Of the module _cuda.
+void bind_cuda_gain(pybind11::module_& module);
+void bind_cuda_testing(pybind11::module_& module);
 
 }  // namespace adareduce

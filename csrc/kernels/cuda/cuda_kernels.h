@@ -26,9 +26,10 @@ struct GroupStatsArgs {
   std::int64_t num_segments = 0;
   const std::int32_t* group_of = nullptr;  ///< on the device, per segment
   std::int64_t num_groups = 0;
-  int num_ranks = 1;
-  /// [ranks][segments] of all ranks, added in rank order; or [ranks][groups] where
+  int num_ranks = 1;  ///< how many gradients the estimates are made of
+  /// [rows][segments], a row of each rank, added in this order; or [rows][groups] where
   /// `squares_are_of_groups`.
+  int num_rows = 1;
   const double* squares = nullptr;
   bool squares_are_of_groups = false;
   const double* result_squares = nullptr;  ///< [segments] of the result

@@ -45,7 +45,7 @@ struct PeerReduceArgs {
   double divisor = 1.0;
   /// Each rank receives only the elements of `keeps` (of its own choice); empty: everything.
   bool scatters = false;
-  Range keeps;                ///< with `scatters`: what this rank wants in its out[]
+  Range keeps{};              ///< with `scatters`: what this rank wants in its out[]
   double* squares = nullptr;  ///< device, [2][segments]: sum over ranks, result; or null
   double* work = nullptr;     ///< device, peer_work_numel() doubles
 };
