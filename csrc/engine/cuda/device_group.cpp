@@ -211,9 +211,8 @@ void DeviceGroup::make_windows(const DevicePlan& plan) {
     generation_.reset();
   }
 
-  const std::int64_t channels = static_cast<std::int64_t>(choice_.num_blocks) * kPeerPhases;
   Layout256 layout;
-  const std::int64_t flags = layout.add(channels * kMaxPeers * 4);
+  const std::int64_t flags = layout.add(peer_flags_numel(choice_.num_blocks) * 4);
   const std::int64_t scalars = layout.add(next->scalars_numel * 8);
   const std::int64_t in = layout.add(next->data_bytes);
   const std::int64_t out = layout.add(next->data_bytes);
@@ -222,7 +221,7 @@ void DeviceGroup::make_windows(const DevicePlan& plan) {
   std::string error;
   try {
     const OwnStream setup;
-    next->epochs = DeviceBuffer(channels * 4);
+    next->epochs = DeviceBuffer(std::int64_t{choice_.num_blocks} * 4);
     ADAREDUCE_CUDA(cudaMemsetAsync(next->epochs.data(), 0,
                                    static_cast<std::size_t>(next->epochs.bytes()), setup.native()));
     ADAREDUCE_CUDA(cudaStreamSynchronize(setup.native()));

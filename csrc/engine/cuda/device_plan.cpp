@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "base/errors.h"
-#include "collectives/gram_tree.h"
+#include "collectives/adasum_tree.h"
 #include "collectives/reduce_scatter.h"
 #include "engine/cuda/layout256.h"
 #include "engine/plan.h"

@@ -40,4 +40,12 @@ StandaloneTables::StandaloneTables(std::vector<TensorSegment> segments)
 
 StandaloneTables::~StandaloneTables() = default;
 
+std::vector<Item> StandaloneTables::items_from_device() const {
+  std::vector<Item> items(items_.items.size());
+  if (!items.empty())
+    ADAREDUCE_CUDA(cudaMemcpy(items.data(), item_table_.on_device, items.size() * sizeof(Item),
+                              cudaMemcpyDeviceToHost));
+  return items;
+}
+
 }  // namespace adareduce::cuda

@@ -16,6 +16,8 @@ class StandaloneTables {
   StandaloneTables& operator=(const StandaloneTables&) = delete;
 
   const SegmentTable& segments() const { return table_; }
+  /// Copied back from the device; waits for it.
+  std::vector<Item> items_from_device() const;
   std::int64_t num_items() const { return item_table_.count; }
 
  private:
