@@ -110,7 +110,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...));
-  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters are at most 4 KiB");
+  static_assert((sizeof(Parameters) + ... + 0) <= 32764, "what a kernel can be given");
   return cuda_emulation::launch(*config, [kernel, copies = std::tuple<std::decay_t<Parameters>...>(
                                                       std::forward<Arguments>(arguments)...)] {
     std::apply(kernel, copies);
