@@ -7,7 +7,9 @@
 
 set(ADAREDUCE_HAVE_CUDA OFF)
 set(ADAREDUCE_CUDA_VERSION "")
-set(kernel_sources)
+set(kernel_sources
+  cuda_kernels.cu grid.cpp group_stats.cu move.cu pack.cu pair.cu reduce.cu reduce_squares.cu
+  slots.cu)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources
   csrc/engine/cuda/device_group.cpp)
@@ -53,12 +55,14 @@ add_library(adareduce_cuda STATIC ${kernel_sources} ${host_sources})
 target_link_libraries(adareduce_cuda PUBLIC adareduce_engine ${CMAKE_DL_LIBS})
 if(ADAREDUCE_CUDA STREQUAL "EMULATED")
   set_source_files_properties(${kernel_sources} PROPERTIES LANGUAGE CXX)
-  target_compile_options(adareduce_cuda PRIVATE -xc++)
+  target_compile_options(adareduce_cuda PRIVATE -xc++ -ffp-contract=off)
   add_subdirectory(tests/cuda_emulation)
   target_link_libraries(adareduce_cuda PUBLIC cuda_emulation)
 else()
   find_package(CUDAToolkit REQUIRED)
   target_link_libraries(adareduce_cuda PUBLIC CUDA::cudart_static)
+  # As -ffp-contract=off on the CPU: the same bits on every device need the compiler not to choose.
+  target_compile_options(adareduce_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false>)
   # Registers and spills of every kernel, for benchmarks/resources.py.
   target_compile_options(adareduce_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
 endif()

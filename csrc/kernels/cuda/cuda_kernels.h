@@ -11,6 +11,8 @@ struct Items {
   std::vector<std::int64_t> first;  ///< [segments + 1]
 };
 Items make_items(const TensorSegment* segments, std::int64_t count);
+/// Indices of the items that have elements in `range`. Reads `on_host`.
+Range items_in(const ItemTable& items, Range range);
 
 /// What sums are accumulated in, inside an item; above it is always double.
 enum class Accumulator { f64, f32 };

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "base/types.h"
 #ifdef __CUDACC__
@@ -68,6 +69,19 @@ __device__ inline bf16 element_of<bf16>(double x) {
 #endif
 }
 
+template <typename T>
+inline constexpr T kLowest = std::numeric_limits<T>::lowest();
+template <typename T>
+inline constexpr T kHighest = std::numeric_limits<T>::max();
+
+/// Truncates; what the type cannot hold becomes its nearest value, NaN zero.
+template <typename T>
+__device__ inline T integer_of(double value) {
+  if (value <= static_cast<double>(kLowest<T>)) return kLowest<T>;
+  if (value >= static_cast<double>(kHighest<T>)) return kHighest<T>;
+  return value == value ? static_cast<T>(value) : T{0};
+}
+
 /// 16 bytes as elements.
 template <typename T>
 union Vector {
@@ -97,9 +111,50 @@ __device__ inline Vector<T> load_once(const T* from) {
   return load(from);
 #endif
 }
+/// The same where `wanted`, zeros elsewhere. A compiler that sees an `if` puts the work between the
+/// loads; several of these in a row are all under way before the first is used.
+template <typename T>
+__device__ inline Vector<T> load_if(bool wanted, const T* from) {
+  Vector<T> vector;
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n"
+      " mov.u32 %2, 0;\n mov.u32 %3, 0;\n @p ld.global.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+      : "=&r"(vector.words.x), "=&r"(vector.words.y), "=&r"(vector.words.z), "=&r"(vector.words.w)
+      : "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
+#else
+  if (wanted)
+    vector = load(from);
+  else
+    vector.words = uint4{0, 0, 0, 0};
+#endif
+  return vector;
+}
+template <typename T>
+__device__ inline Vector<T> load_once_if(bool wanted, const T* from) {
+#ifdef __CUDACC__
+  Vector<T> vector;
+  asm volatile(
+      "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n"
+      " mov.u32 %2, 0;\n mov.u32 %3, 0;\n"
+      " @p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+      : "=&r"(vector.words.x), "=&r"(vector.words.y), "=&r"(vector.words.z), "=&r"(vector.words.w)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+  return vector;
+#else
+  return load_if(wanted, from);
+#endif
+}
 template <typename T>
 __device__ inline void store(T* to, Vector<T> vector) {
+#ifdef __CUDACC__
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(vector.words.x),
+               "r"(vector.words.y), "r"(vector.words.z), "r"(vector.words.w)
+               : "memory");
+#else
   *reinterpret_cast<uint4*>(to) = vector.words;
+#endif
 }
 
 /// The sum over a warp's lanes, the same bits on each: a butterfly, lane distance 16, 8, 4, 2, 1.

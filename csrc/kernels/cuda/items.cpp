@@ -18,4 +18,14 @@ Items make_items(const TensorSegment* segments, std::int64_t count) {
   return result;
 }
 
+Range items_in(const ItemTable& items, Range range) {
+  if (range.empty()) return {};
+  const Item* end = items.on_host + items.count;
+  const Item* first = std::partition_point(
+      items.on_host, end, [&](const Item& item) { return item.range().end <= range.begin; });
+  const Item* last =
+      std::partition_point(first, end, [&](const Item& item) { return item.begin < range.end; });
+  return {first - items.on_host, last - items.on_host};
+}
+
 }  // namespace adareduce::cuda
