@@ -8,6 +8,7 @@
 #include "collectives/shards.h"
 #include "engine/plan.h"
 #include "kernels/coefficients.h"
+#include "kernels/gram.h"
 #include "kernels/kernels.h"
 
 namespace py = pybind11;
@@ -36,6 +37,17 @@ void bind_schedules(py::module_& module) {
     return nodes;
   });
   module.def("parallel_weights", [](int size) { return parallel_weights(make_adasum_tree(size)); });
+  module.def("adasum_of_gram", [](int size, const std::vector<double>& gram) {
+    const GramTree tree = gram_tree(make_adasum_tree(size));
+    if (gram.size() != static_cast<std::size_t>(gram_numel(size)))
+      throw UsageError(concat("adasum_of_gram: gram must have ", gram_numel(size), " numbers, got ",
+                              gram.size()));
+    std::vector<double> c(static_cast<std::size_t>(size));
+    const GramResult result = adasum_of_gram(tree, gram.data(), c.data());
+    return py::dict("coefficients"_a = c, "orthogonality"_a = result.orthogonality,
+                    "cancellation"_a = result.cancellation);
+  });
+  module.attr("MOST_CANCELLATION") = kMostCancellation;
   module.def("adasum_schedule", [](int size, Rank rank, std::int64_t numel) {
     py::list levels;
     for (const AdasumLevel& level : make_adasum_schedule(make_adasum_tree(size), rank, numel))

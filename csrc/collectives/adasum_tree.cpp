@@ -51,4 +51,17 @@ std::vector<double> parallel_weights(const AdasumTree& tree) {
   return weights;
 }
 
+GramTree gram_tree(const AdasumTree& tree) {
+  if (tree.size > GramTree::kMaxLeaves)
+    throw UsageError(
+        concat("gram_tree: size must be at most ", GramTree::kMaxLeaves, ", got ", tree.size));
+  GramTree result;
+  result.size = tree.size;
+  for (std::size_t i = 0; i < tree.nodes.size(); ++i) {
+    result.lower[i] = static_cast<signed char>(tree.nodes[i].lower);
+    result.upper[i] = static_cast<signed char>(tree.nodes[i].upper);
+  }
+  return result;
+}
+
 }  // namespace adareduce

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "base/types.h"
+#include "kernels/gram.h"
 
 namespace adareduce {
 
@@ -35,5 +36,9 @@ AdasumTree make_adasum_tree(int size);
 
 /// What Adasum of equal vectors weighs each rank with: 2^-depth of its leaf. They add up to 1.
 std::vector<double> parallel_weights(const AdasumTree& tree);
+
+/// The tree as data for kernels and adasum_of_gram(). Throws UsageError beyond
+/// GramTree::kMaxLeaves ranks.
+GramTree gram_tree(const AdasumTree& tree);
 
 }  // namespace adareduce

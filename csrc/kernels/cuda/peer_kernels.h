@@ -5,25 +5,30 @@
 /// Kernels that read and write the memory of all ranks of a node and wait for them. Every rank of a
 /// view launches the same kernels in the same order with the same number of blocks: block c of each
 /// rank meets block c of the others, in epochs that are counted in device memory, so that a graph's
-/// replays work. Plain launches: kernel boundaries are the barriers of a grid.
+/// replays work. Plain launches: kernel boundaries are the barriers of a grid. A request is over,
+/// for its windows, work memory and scalars as well, when its last kernel is: the next may follow
+/// in stream order.
 namespace adareduce::cuda {
 
 inline constexpr int kMaxPeers = 8;
 
-/// What the waiting needs beside PeerView::flags, which has [num_blocks * kPeerPhases][kMaxPeers]
-/// counters on each rank, all zero at first.
-inline constexpr int kPeerPhases = 4;
+/// What the waiting needs beside PeerView::flags, which has [num_blocks][kMaxPeers] counters on
+/// each rank, all zero at first. One counter per block serves all kernels: they follow each other
+/// in a stream.
 struct PeerSync {
-  int num_blocks = 1;  ///< of every launch; equal on all ranks
-  std::uint32_t* epochs =
-      nullptr;  ///< own device memory, [num_blocks * kPeerPhases], zero at first
+  int num_blocks = 1;  ///< of a launch at most; equal on all ranks. They need not be co-resident.
+  std::uint32_t* epochs = nullptr;  ///< own device memory, [num_blocks], zero at first
   /// Mapped host memory: 1 + the rank that did not come. Once set, nobody waits any more, and what
   /// comes out is undefined. Also set by the host, to end all waits.
   std::uint32_t* error = nullptr;
   std::uint64_t deadline_ns = 0;  ///< of one wait; 0: none
 };
+inline std::int64_t peer_flags_numel(int num_blocks) {
+  return num_blocks * std::int64_t{kMaxPeers};
+}
 
-/// What reads whose inputs: windows in[] of all ranks are laid out alike, so are out[].
+/// Windows in[] of all ranks are laid out alike, so are out[]; they start on 16 bytes. out[r] may
+/// be in[r].
 struct PeerContext {
   const PeerView* view = nullptr;
   const PeerSync* sync = nullptr;
@@ -34,6 +39,9 @@ struct PeerContext {
 
 /// The shard of a fused buffer that `rank` works on: equal parts on multiples of 16 elements.
 Range peer_shard(std::int64_t numel, int rank, int size);
+/// Sums of a shard are kept for runs of this many items.
+std::int64_t peer_items_per_run(std::int64_t num_items, int size);
+std::int64_t peer_num_slots(std::int64_t num_segments, std::int64_t num_items, int size);
 
 /// Every rank's out[] = in[0] op in[1] op ... / divisor, by elements; all dtypes with arithmetic.
 /// With `squares`, also per segment and rank the sum of |in[r]|^2 and of |result|^2 before it is
