@@ -3,9 +3,9 @@
 #include "base/errors.h"
 #include "bindings/bindings.h"
 #include "bindings/counting_kernels.h"
+#include "bindings/engine_holder.h"
 #include "bootstrap/mpi_bootstrap.h"
 #include "bootstrap/thread_bootstrap.h"
-#include "engine/engine.h"
 #include "transports/plugin_transport.h"
 #include "transports/thread_transport.h"
 
@@ -16,48 +16,12 @@ namespace {
 
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
-// The engine, or nothing in a process that was forked from the one that has it.
-struct EngineHolder {
-  std::unique_ptr<Engine> engine;
-
-  Engine& get() {
-    if (engine == nullptr)
-      throw UsageError("this engine was stopped, or belongs to the parent of this process");
-    return *engine;
-  }
-};
-
 struct EventLevelNames {
   static const char* of(EventLog::Level level) {
-    constexpr const char* kNames[] = {"DEBUG", "INFO", "WARNING", "ERROR"};
+    constexpr const char* kNames[] = {"DEBUG", "INFO", "WARNING", "ERROR", "FATAL"};
     return kNames[static_cast<int>(level)];
   }
 };
-
-// Shape, dtype code, address of the input, address of the output or 0, strides or nothing, group.
-using TensorTuple = std::tuple<std::vector<std::int64_t>, int, std::uintptr_t, std::uintptr_t,
-                               std::vector<std::int64_t>, std::int32_t>;
-
-Request make_request(int collective, std::string name, int op, Rank root, double prescale,
-                     double postscale, const std::vector<TensorTuple>& tensors,
-                     std::vector<std::int64_t> splits, bool has_statistics,
-                     std::vector<double> local_squares) {
-  Request request;
-  request.collective = static_cast<Collective>(collective);
-  request.name = std::move(name);
-  request.op = static_cast<ReduceOp>(op);
-  request.root = root;
-  request.prescale = prescale;
-  request.postscale = postscale;
-  request.splits = std::move(splits);
-  request.has_statistics = has_statistics;
-  request.local_squares = std::move(local_squares);
-  for (const auto& [shape, dtype, input, output, strides, group] : tensors)
-    request.tensors.push_back({shape, static_cast<DType>(dtype),
-                               reinterpret_cast<const void*>(input),
-                               reinterpret_cast<void*>(output), strides, group});
-  return request;
-}
 
 EngineHolder over_threads(const std::shared_ptr<ThreadWorld>& world, Rank rank,
                           const Settings& settings, bool counts_work) {
@@ -123,7 +87,9 @@ void bind_engine(py::module_& module) {
       });
   bind_handle(module);
 
-  py::class_<EngineHolder>(module, "Engine")
+  py::class_<EngineHolder> engine(module, "Engine");
+  bind_device(module, engine);
+  engine
       .def_static("over_threads", &over_threads, py::arg("world"), py::arg("rank"),
                   py::arg("settings"), py::arg("counts_work") = false, NoGil())
       .def_static("over_mpi", &over_mpi, py::arg("plugin"), py::arg("handle"), py::arg("ranks"),
@@ -134,10 +100,12 @@ void bind_engine(py::module_& module) {
              Rank root, double prescale, double postscale, const std::vector<TensorTuple>& tensors,
              std::vector<std::int64_t> splits, bool has_statistics,
              std::vector<double> local_squares) {
-            return self.get().submit(
-                process_set,
-                make_request(collective, std::move(name), op, root, prescale, postscale, tensors,
-                             std::move(splits), has_statistics, std::move(local_squares)));
+            Request request =
+                make_request(collective, std::move(name), op, root, prescale, postscale, tensors);
+            request.splits = std::move(splits);
+            request.has_statistics = has_statistics;
+            request.local_squares = std::move(local_squares);
+            return self.get().submit(process_set, std::move(request));
           },
           py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
           py::arg("op"), py::arg("root"), py::arg("prescale"), py::arg("postscale"),
@@ -158,9 +126,9 @@ void bind_engine(py::module_& module) {
       .def(
           "leave",
           [](EngineHolder& self, const std::string& reason, bool is_orderly) {
-            return self.get().leave(reason, is_orderly);
+            return self.get().leave(reason, is_orderly, throw_if_interrupted);
           },
-          py::kw_only(), py::arg("reason"), py::arg("is_orderly"))
+          py::kw_only(), py::arg("reason"), py::arg("is_orderly"), NoGil())
       .def("breakage", [](EngineHolder& self) { return self.get().breakage(); })
       .def(
           "stop", [](EngineHolder& self) { self.engine.reset(); }, NoGil())

@@ -15,7 +15,8 @@ struct Header {
   std::uint32_t flags = kNormal;
   std::uint32_t padding = 0;  ///< no byte of the wire is uninitialised
 
-  bool is_agreed() const { return flags == kNormal; }
+  /// Whether some ranks were quicker than the agreement makes no difference to it.
+  bool is_agreed() const { return (flags & ~kLaunched) == kNormal; }
 };
 
 /// Merges every rank's `header` into it: flags are united, and kDiffers is set where a sequence

@@ -55,6 +55,9 @@ Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportPr
 }
 
 Engine::~Engine() {
+  // Where the ranks have left in agreement the GPU may take its time; else it is told to stop.
+  const auto device_calls = all_device_calls();
+  for (const auto& calls : device_calls) calls->wait_if_left();
   must_stop_.store(true, std::memory_order_release);
   wakeup_.wake();
   worker_.join();
@@ -62,6 +65,7 @@ Engine::~Engine() {
   // Without a departure nobody may wait for the peers any more.
   for (const auto& set : snapshot())
     if (!set->is_over()) set->break_down("the engine was destroyed before shutdown()");
+  for (const auto& calls : device_calls) calls->destroy();
   if (!breakage().empty()) bootstrap_->abandon();
 }
 
@@ -112,9 +116,48 @@ std::shared_ptr<ProcessSet> Engine::find(int process_set) {
 std::shared_ptr<Handle> Engine::submit(int process_set, Request request) {
   const auto set = find(process_set);
   check(request, set->size());
+  if (request.device.kind != DeviceKind::cpu)
+    throw UsageError(concat(name_of(request.collective), ": device must be cpu, got cuda"));
   auto handle = set->submit(std::move(request));
   wakeup_.wake();
   return handle;
+}
+
+void Engine::attach_cuda(const adareduce_cuda_plugin* plugin, int wanted_path) {
+  if (plugin->version != ADAREDUCE_CUDA_PLUGIN_VERSION ||
+      plugin->bytes != sizeof(adareduce_cuda_plugin))
+    throw UsageError(concat("attach_cuda: _cuda must have version ", ADAREDUCE_CUDA_PLUGIN_VERSION,
+                            " of the table (", sizeof(adareduce_cuda_plugin), " bytes), got ",
+                            plugin->version, " (", plugin->bytes,
+                            " bytes): it is of another build"));
+  if (wanted_path < ADAREDUCE_CUDA_AUTO || wanted_path > ADAREDUCE_CUDA_SINGLE)
+    throw UsageError(
+        concat("attach_cuda: wanted_path must be an adareduce_cuda_path, got ", wanted_path));
+  const std::lock_guard lock(mutex_);
+  if (cuda_plugin_ != nullptr)
+    throw UsageError("attach_cuda: must be called once per engine, got a second call");
+  cuda_plugin_ = plugin;
+  wanted_cuda_path_ = wanted_path;
+}
+
+std::shared_ptr<DeviceCalls> Engine::device_calls(int process_set) {
+  auto set = find(process_set);
+  const std::lock_guard lock(mutex_);
+  if (cuda_plugin_ == nullptr)
+    throw UsageError("CUDA tensors need the module _cuda: attach_cuda was not called");
+  std::shared_ptr<DeviceCalls>& calls = device_calls_[process_set];
+  if (calls == nullptr)
+    calls = std::make_shared<DeviceCalls>(
+        *cuda_plugin_, wanted_cuda_path_, std::move(set), settings_,
+        layout_.processes[static_cast<std::size_t>(layout_.rank)].host, wakeup_);
+  return calls;
+}
+
+std::vector<std::shared_ptr<DeviceCalls>> Engine::all_device_calls() {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<DeviceCalls>> all;
+  for (const auto& [id, calls] : device_calls_) all.push_back(calls);
+  return all;
 }
 
 void Engine::reject(int process_set, bool is_barrier, const std::string& reason) {
@@ -130,7 +173,11 @@ void Engine::reject(int process_set, bool is_barrier, const std::string& reason)
   wakeup_.wake();
 }
 
-std::vector<std::shared_ptr<Handle>> Engine::leave(const std::string& reason, bool is_orderly) {
+std::vector<std::shared_ptr<Handle>> Engine::leave(const std::string& reason, bool is_orderly,
+                                                   const DeviceCalls::Poll& poll) {
+  // When all ranks have done so, no GPU needs another's memory any more.
+  if (is_orderly)
+    for (const auto& calls : all_device_calls()) calls->wait_for_gpu(poll);
   std::vector<std::shared_ptr<Handle>> handles;
   for (const auto& set : snapshot()) {
     auto of_set = set->submit_departure(reason, is_orderly);
@@ -177,6 +224,11 @@ void Engine::run() {
       for (const auto& set : sets)
         guarded(*set, [&] {
           set->serve_peers(now);
+          return true;
+        });
+      for (const auto& set : sets)
+        guarded(*set, [&] {
+          set->watch_device(now);
           return true;
         });
     }

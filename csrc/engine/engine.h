@@ -1,11 +1,13 @@
 #pragma once
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "bootstrap/liveness.h"
+#include "engine/device_calls.h"
 #include "engine/process_set.h"
 #include "engine/wakeup.h"
 
@@ -37,12 +39,20 @@ class Engine {
   /// TransportError where the set is broken.
   std::shared_ptr<Handle> submit(int process_set, Request request);
 
+  /// Lets process sets work on CUDA tensors, with this adareduce_cuda_path. Once per engine; local.
+  /// The plugin outlives the engine. Throws UsageError for one of another version.
+  void attach_cuda(const adareduce_cuda_plugin* plugin, int wanted_path);
+  /// The calls on CUDA tensors of a set. Throws UsageError as submit(), and without attach_cuda().
+  std::shared_ptr<DeviceCalls> device_calls(int process_set);
+
   /// Takes the place of a request that this rank's caller got wrong, so that the others raise.
   void reject(int process_set, bool is_barrier, const std::string& reason);
 
   /// Tells all ranks that this one goes. The handles end when they have taken note, or when that
-  /// has failed. `is_orderly`: not because of an error, so that the others may take their time.
-  std::vector<std::shared_ptr<Handle>> leave(const std::string& reason, bool is_orderly);
+  /// has failed. `is_orderly`: not because of an error, so that the others may take their time;
+  /// then it waits first for this rank's GPU.
+  std::vector<std::shared_ptr<Handle>> leave(const std::string& reason, bool is_orderly,
+                                             const DeviceCalls::Poll& poll = {});
 
   /// Why the engine cannot be left in peace: a dead or silent rank. Empty if all is well.
   std::string breakage();
@@ -52,6 +62,7 @@ class Engine {
 
   std::shared_ptr<ProcessSet> find(int process_set);
   Sets snapshot();
+  std::vector<std::shared_ptr<DeviceCalls>> all_device_calls();
   void run();
   void report_deaths(const Sets& sets, Clock::time_point now);
 
@@ -67,6 +78,9 @@ class Engine {
 
   std::mutex mutex_;
   Sets sets_;  // by id; null on ranks outside the set. Guarded by mutex_
+  std::map<int, std::shared_ptr<DeviceCalls>> device_calls_;  // by id; guarded by mutex_
+  const adareduce_cuda_plugin* cuda_plugin_ = nullptr;        // guarded by mutex_
+  int wanted_cuda_path_ = ADAREDUCE_CUDA_AUTO;                // guarded by mutex_
   std::atomic<bool> must_stop_{false};
   std::thread worker_;  // last: it uses all of the above
 };

@@ -12,7 +12,8 @@ namespace adareduce {
 /// What the worker has to say to people. The engine never prints; Python takes these and logs them.
 class EventLog {
  public:
-  enum class Level { debug, info, warning, error };
+  /// fatal: a thread of this process is stuck for good. The engine does not exit; the reader does.
+  enum class Level { debug, info, warning, error, fatal };
   struct Event {
     Level level;
     std::string text;

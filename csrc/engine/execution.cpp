@@ -266,6 +266,7 @@ Task execute(Context context, const Request& request, const Plan& plan, Workspac
       return execute_alltoall(context, request, plan, workspace, result);
     case Collective::barrier:
     case Collective::add_process_set:
+    case Collective::cuda_path:
       break;
   }
   return nothing();

@@ -1,7 +1,6 @@
 #include "engine/process_set.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "base/errors.h"
 
@@ -12,22 +11,15 @@ namespace {
 constexpr int kPresenceTag = 10;
 constexpr int tag_of(int channel, int offset) { return 20 + 2 * channel + offset; }
 
-// A peer that is asked must have time to answer before anybody is blamed.
-constexpr Seconds kAskEvery{1.0};
-constexpr Seconds kAnswerWithin{5.0};
-Seconds first_question(const Settings& settings) {
-  return std::min(kAskEvery, std::min(settings.warn_after, settings.fail_after) / 4);
-}
-
-std::string seconds_text(Seconds seconds) {
-  const double tenths = std::round(seconds.count() * 10);
-  return concat(tenths / 10, " s");
-}
-
 // What moves no tensors overtakes what does.
 int channel_of(Collective collective) {
   return collective == Collective::barrier || collective == Collective::add_process_set ? 1 : 0;
 }
+
+// Why a mistake that is harmless on the CPU is not.
+constexpr std::string_view kLaunchedWords =
+    " Work that was enqueued on GPUs before the ranks were compared cannot be finished.";
+constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
 // What a call that cannot be finished tells its caller.
 std::exception_ptr failure_of(const Request& request, const std::string& text) {
@@ -63,11 +55,18 @@ ProcessSet::~ProcessSet() {
 std::shared_ptr<Handle> ProcessSet::submit(Request request) {
   const int index = channel_of(request.collective);
   const std::lock_guard lock(mutex_);
-  Channel& channel = channels_[static_cast<std::size_t>(index)];
   if (problem_)
-    throw TransportError(concat(describe(request), ": ", name_, " cannot be used any more: ",
-                                *problem_, ". Call shutdown() and init() on every rank."));
-  return enqueue(channel, std::move(request));
+    throw TransportError(
+        concat(describe(request), ": ", name_, " cannot be used any more: ", *problem_, kAdvice));
+  return enqueue(index, std::move(request));
+}
+
+void ProcessSet::fail(const std::string& text) {
+  const std::lock_guard lock(mutex_);
+  if (is_broken_ || has_failure_) return;
+  failure_ = text;
+  if (!problem_) problem_ = text;
+  has_failure_ = true;
 }
 
 std::vector<std::shared_ptr<Handle>> ProcessSet::submit_departure(const std::string& reason,
@@ -83,21 +82,25 @@ std::vector<std::shared_ptr<Handle>> ProcessSet::submit_departure(const std::str
     request.flags = kLeaving;
     request.reason = reason;
     request.is_orderly = is_orderly;
-    handles.push_back(enqueue(channel, std::move(request)));
+    handles.push_back(enqueue(index, std::move(request)));
   }
   if (!problem_) problem_ = "this rank has called shutdown()";
   return handles;
 }
 
-std::shared_ptr<Handle> ProcessSet::enqueue(Channel& channel, Request request) {
+std::shared_ptr<Handle> ProcessSet::enqueue(int index, Request request) {
+  Channel& channel = channels_[static_cast<std::size_t>(index)];
   Work work;
   // Sequence numbers are equal on all ranks, also where some have made mistakes or used names.
   if (request.name.empty())
-    request.name = concat(name_of(request.collective), ".noname.", channel.submitted);
+    request.name.append(name_of(request.collective))
+        .append(".noname.")
+        .append(std::to_string(channel.submitted));
+  const bool is_call = (request.flags & ~kLaunched) == kNormal;
   work.header = {.sequence = channel.submitted++,
-                 .signature = request.flags == kNormal ? signature_of(request) : Signature{},
+                 .signature = is_call ? signature_of(request) : Signature{},
                  .flags = request.flags};
-  if (request.flags == kNormal) last_call_ = describe(request);
+  if (is_call) last_call_ = {index, work.header.sequence, std::nullopt};
   work.request = std::move(request);
   work.handle = std::make_shared<Handle>();
   channel.queue.push_back(std::move(work));
@@ -127,11 +130,6 @@ bool ProcessSet::is_busy() {
   });
 }
 
-Presence::Progress ProcessSet::my_progress() {
-  const std::lock_guard lock(mutex_);
-  return {{channels_[kRequests].submitted, channels_[kBarriers].submitted}, last_call_};
-}
-
 // ---- the worker ---------------------------------------------------------------------------------
 
 bool ProcessSet::is_moving_bytes() const {
@@ -140,6 +138,15 @@ bool ProcessSet::is_moving_bytes() const {
 }
 
 bool ProcessSet::progress(Clock::time_point now) {
+  if (has_failure_.load(std::memory_order_acquire) && !is_broken()) {
+    std::string text;
+    {
+      const std::lock_guard lock(mutex_);
+      text = failure_;
+    }
+    break_down(text);
+    return true;
+  }
   bool has_moved = false;
   for (int index = 0; index < kNumChannels; ++index) has_moved |= progress_channel(index, now);
   return has_moved;
@@ -196,7 +203,9 @@ bool ProcessSet::start_next(Channel& channel, Clock::time_point now) {
 
 void ProcessSet::end_current(Channel& channel) {
   channel.task.reset();
-  channel.current.reset();
+  channel.current->plan.reset();
+  channel.current->handle.reset();
+  channel.ended = std::exchange(channel.current, std::nullopt);
   if (&channel != &channels_[kRequests]) return;  // a barrier must not touch a request's buffers
   if (workspace_.bytes() > settings_.keep_buffer_bytes) workspace_ = Workspace();
 }
@@ -204,6 +213,7 @@ void ProcessSet::end_current(Channel& channel) {
 // What can fail on one rank alone happens here, before the others are kept waiting for it.
 void ProcessSet::prepare(Work& work) {
   if (work.request.flags != kNormal || channel_of(work.request.collective) == kBarriers) return;
+  if (work.request.device.kind != DeviceKind::cpu) return;  // its caller enqueues it
   try {
     // What an allgather needs depends on the other ranks' rows.
     work.plan = work.request.collective == Collective::allgather ? std::make_shared<const Plan>()
@@ -237,6 +247,11 @@ Task ProcessSet::run(Channel& channel) {
 void ProcessSet::settle(Channel& channel, const std::vector<Record>& records) {
   const Work& work = *channel.current;
   const std::string leavers = explain_flags(records, ranks_, kLeaving);
+  if (work.header.flags & kLaunched) {
+    std::string text = explain_flags(records, ranks_, kLeaving | kRejected | kFailed);
+    if (text.empty()) text = explain_difference(records, ranks_);
+    throw TransportError(concat(text, kLaunchedWords));
+  }
   if (!leavers.empty()) close(channel, leavers);
   if (work.request.flags & (kLeaving | kRejected)) {
     work.handle->finish();
@@ -257,6 +272,8 @@ void ProcessSet::close(Channel& channel, const std::string& why) {
   std::deque<Work> orphans;
   {
     const std::lock_guard lock(mutex_);
+    for (const Work& work : channel.queue)
+      if (work.request.flags & kLaunched) throw TransportError(concat(why, kLaunchedWords));
     channel.is_closed = true;
     if (!problem_) problem_ = why;
     orphans.swap(channel.queue);
@@ -278,60 +295,7 @@ std::string ProcessSet::explain(const std::exception& error) const {
   return concat("rank ", ranks_[static_cast<std::size_t>(peer)], " is lost (", error.what(), ")");
 }
 
-// ---- waits that become long
-// ----------------------------------------------------------------------
-
-void ProcessSet::watch(int index, Clock::time_point now) {
-  Channel& channel = channels_[static_cast<std::size_t>(index)];
-  const Seconds waited = now - channel.waiting_since;
-  if (waited < first_question(settings_)) return;
-  if (channel.asked_at < channel.waiting_since || now - channel.asked_at >= kAskEvery) {
-    channel.asked_at = now;
-    try {
-      presence_.ask();
-    } catch (const std::exception& error) {
-      break_down(concat(describe(channel.current->request), ": ", explain(error)));
-      return;
-    }
-  }
-  serve_peers(now);
-  if (!channel.task) return;  // a peer's failure has ended it
-
-  const Seconds next_warning = channel.reported + settings_.warn_after;
-  if (waited < std::min(next_warning, settings_.fail_after)) return;
-  const Work& work = *channel.current;
-  const Clock::time_point lately = now - std::chrono::duration_cast<Clock::duration>(kAnswerWithin);
-  const Presence::Missing missing =
-      presence_.find_missing(index, work.header.sequence, std::max(channel.waiting_since, lately));
-  const std::string call =
-      concat(describe(work.request), " (request ", work.header.sequence, " of ", name_, ")");
-  // A rank that has finished may wait for as long as the others are alive: they may be evaluating.
-  const bool may_fail =
-      !(work.request.flags & kLeaving) || !work.request.is_orderly || !missing.silent.empty();
-  if (waited >= settings_.fail_after && may_fail) {
-    break_down(
-        concat(call, ": gave up after ", seconds_text(settings_.fail_after), ": ", missing.text));
-    return;
-  }
-  if (waited >= next_warning) {
-    channel.reported = waited;
-    if (index == kBarriers && work.request.flags & kLeaving) return;  // the other channel says it
-    log_.add(EventLog::Level::warning,
-             concat(call, ": waiting for ", seconds_text(waited), ": ", missing.text,
-                    may_fail ? concat(". Gives up after ", seconds_text(settings_.fail_after)) : "",
-                    "."));
-  }
-}
-
-void ProcessSet::serve_peers(Clock::time_point now) {
-  if (size() == 1 || is_over()) return;
-  try {
-    const std::optional<std::string> failure = presence_.serve(my_progress(), now);
-    if (failure) break_down(*failure, false);
-  } catch (const std::exception& error) {  // ULFM reports a death to whoever looks for messages
-    break_down(explain(error));
-  }
-}
+// ---- the end ------------------------------------------------------------------------------------
 
 void ProcessSet::break_down(const std::string& text, bool tell_peers) {
   std::deque<Work> orphans;
@@ -358,9 +322,10 @@ void ProcessSet::break_down(const std::string& text, bool tell_peers) {
   if (may_write_late) workspace_.leak();
   transports_.control->abandon();
   transports_.data->abandon();
-  for (const Work& work : orphans)
-    work.handle->fail(
-        failure_of(work.request, text + ". Call shutdown() and init() on every rank."));
+  broken_at_ = Clock::now();
+  const std::string advice = concat(text, kAdvice);
+  cuda_group_->abort(advice);
+  for (const Work& work : orphans) work.handle->fail(failure_of(work.request, advice));
 }
 
 }  // namespace adareduce

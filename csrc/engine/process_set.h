@@ -1,5 +1,6 @@
 #pragma once
 #include <array>
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -9,6 +10,7 @@
 
 #include "collectives/task.h"
 #include "engine/agreement.h"
+#include "engine/cuda_group.h"
 #include "engine/event_log.h"
 #include "engine/execution.h"
 #include "engine/handle.h"
@@ -21,8 +23,9 @@ namespace adareduce {
 /// Some ranks, their two transports, and the queues of what they are to do together.
 ///
 /// Requests run one after the other in the order of submission, which is the same on every rank.
-/// Barriers have a channel of their own, so that they overtake requests. submit() may be called by
-/// any thread, everything else by the engine's worker.
+/// Barriers have a channel of their own, so that they overtake requests. Requests on CUDA tensors
+/// are compared in the same order as the others, and not executed: engine/device_calls.h. submit()
+/// and fail() may be called by any thread, everything else by the engine's worker.
 class ProcessSet {
  public:
   /// `ranks` are global and increasing. `name` is for people.
@@ -42,6 +45,11 @@ class ProcessSet {
   /// Queues the departure of this rank on every channel that is still open. Throws nothing.
   std::vector<std::shared_ptr<Handle>> submit_departure(const std::string& reason, bool is_orderly);
 
+  /// As break_down on all ranks, soon: wake the worker. Nothing can be submitted from now on.
+  void fail(const std::string& text);
+  /// What the callers of CUDA requests share with the worker.
+  const std::shared_ptr<CudaGroup>& cuda_group() const { return cuda_group_; }
+
   /// Moves everything as far as it goes without waiting. True if anything moved.
   bool progress(Clock::time_point now);
   /// Something is queued or under way.
@@ -50,6 +58,8 @@ class ProcessSet {
   bool is_moving_bytes() const;
   /// Answers the questions of peers that wait.
   void serve_peers(Clock::time_point now);
+  /// Looks for errors of the device and for calls of its libraries that never come back.
+  void watch_device(Clock::time_point now);
   /// Ends everything with this error; nothing can be submitted afterwards. `tell_peers`: on them
   /// too.
   void break_down(const std::string& text, bool tell_peers = true);
@@ -74,6 +84,7 @@ class ProcessSet {
     std::deque<Work> queue;       // guarded by mutex_
     bool is_closed = false;       // guarded by mutex_
     std::optional<Work> current;  // worker only, like all below
+    std::optional<Work> ended;    // the last one
     std::optional<Task> task;
     bool is_agreed = false;
     std::uint64_t seen_exchanges = 0;
@@ -83,7 +94,14 @@ class ProcessSet {
   };
   enum { kRequests = 0, kBarriers = 1, kNumChannels = Presence::kNumChannels };
 
-  std::shared_ptr<Handle> enqueue(Channel& channel, Request request);
+  /// The last call of this rank, for peers that wait; put into words when somebody asks.
+  struct LastCall {
+    int channel = 0;
+    std::optional<std::uint64_t> sequence;
+    std::optional<std::string> text;
+  };
+
+  std::shared_ptr<Handle> enqueue(int index, Request request);
   bool progress_channel(int index, Clock::time_point now);
   bool start_next(Channel& channel, Clock::time_point now);
   void prepare(Work& work);
@@ -94,6 +112,7 @@ class ProcessSet {
   void watch(int index, Clock::time_point now);
   void end_current(Channel& channel);
   Presence::Progress my_progress();
+  const Request* find_request(int index, std::uint64_t sequence) const;
 
   const std::string name_;
   const std::vector<Rank> ranks_;
@@ -106,11 +125,16 @@ class ProcessSet {
   std::array<Channel, kNumChannels> channels_;
 
   Workspace workspace_;
+  const std::shared_ptr<CudaGroup> cuda_group_ = std::make_shared<CudaGroup>();
+  Clock::time_point broken_at_{};    // worker only
+  bool has_reported_stuck_ = false;  // worker only
 
   std::mutex mutex_;
   std::optional<std::string> problem_;  // guarded by mutex_
   bool is_broken_ = false;              // guarded by mutex_
-  std::string last_call_;               // guarded by mutex_
+  LastCall last_call_;                  // guarded by mutex_
+  std::string failure_;                 // guarded by mutex_
+  std::atomic<bool> has_failure_{false};
 };
 
 }  // namespace adareduce

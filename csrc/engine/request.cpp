@@ -14,11 +14,12 @@ constexpr std::size_t kShapesInOneLine = 4;
 
 constexpr std::array<std::string_view, kNumCollectives> kNames{
     "allreduce",       "broadcast",     "allgather", "barrier",
-    "add_process_set", "reducescatter", "alltoall"};
+    "add_process_set", "reducescatter", "alltoall",  "cuda_path"};
 
 bool has_tensors(const Request& request) {
   return request.collective != Collective::barrier &&
-         request.collective != Collective::add_process_set;
+         request.collective != Collective::add_process_set &&
+         request.collective != Collective::cuda_path;
 }
 
 bool is_reduction(const Request& request) {
@@ -51,12 +52,19 @@ std::string dtype_text(const std::vector<TensorArg>& tensors) {
 }
 
 // Ranks may bring different numbers of rows to an allgather or alltoall.
+bool has_free_rows(const Request& request) {
+  return request.collective == Collective::allgather || request.collective == Collective::alltoall;
+}
 std::vector<std::int64_t> agreed_shape(const Request& request, const TensorArg& tensor) {
   std::vector<std::int64_t> shape = tensor.shape;
-  const bool is_free =
-      request.collective == Collective::allgather || request.collective == Collective::alltoall;
-  if (is_free && !shape.empty()) shape.front() = -1;
+  if (has_free_rows(request) && !shape.empty()) shape.front() = -1;
   return shape;
+}
+
+std::string_view path_name(std::int32_t path) {
+  constexpr std::array<std::string_view, 5> kPaths{"auto", "nccl", "peer", "staged", "single"};
+  const auto code = static_cast<std::size_t>(path);
+  return code < kPaths.size() ? kPaths[code] : "unknown";
 }
 
 // The shortest digits that give back the same bits.
@@ -99,7 +107,6 @@ void check(const Request& request, int num_ranks) {
     throw UsageError(concat(function, ": ", words...));
   };
   (void)name_of(request.op);  // throws for a code that is unknown
-  if (request.device.kind != DeviceKind::cpu) refuse("device must be cpu, got cuda");
   const bool has_scale = request.prescale != 1.0 || request.postscale != 1.0;
   if (request.collective == Collective::broadcast &&
       (request.root < 0 || request.root >= num_ranks))
@@ -121,7 +128,8 @@ void check(const Request& request, int num_ranks) {
       if (extent < 0) refuse("tensor ", i, " must have a shape, got ", shape_text(tensor.shape));
     if (works_on_rows(request) && tensor.shape.empty())
       refuse("tensor ", i, " must have at least one dimension, got a scalar");
-    // The engine allocates what ranks with other numbers of rows contribute to.
+    // On the CPU the engine allocates what ranks with other numbers of rows contribute to; for CUDA
+    // see check_on_device.
     const bool has_memory =
         tensor.input != nullptr && (tensor.output != nullptr || works_on_rows(request));
     if (tensor.numel() > 0 && !has_memory) refuse("tensor ", i, " has elements but no memory");
@@ -137,8 +145,11 @@ void check(const Request& request, int num_ranks) {
       static_cast<std::int64_t>(request.local_squares.size()) != request.num_groups())
     refuse("local_squares must have one entry for each of ", request.num_groups(), " groups, got ",
            request.local_squares.size());
+  if (request.has_local_squares && request.num_groups() == 0)
+    refuse("local_squares must be given with statistics of Average or Sum only");
   if (request.collective == Collective::alltoall) {
     if (request.tensors.size() != 1) refuse("one tensor is needed, got ", request.tensors.size());
+    if (request.device.kind == DeviceKind::cuda) return;  // its rows are those of all ranks
     std::int64_t rows = 0;
     for (const std::int64_t split : request.splits) {
       if (split < 0) refuse("splits must not be negative, got ", split);
@@ -156,6 +167,8 @@ Signature signature_of(const Request& request) {
   Hasher hasher;
   hasher.add(static_cast<std::uint64_t>(request.collective));
   for (const Rank rank : request.members) hasher.add(static_cast<std::uint64_t>(rank));
+  if (request.device.kind == DeviceKind::cuda)
+    hasher.add(static_cast<std::uint64_t>(request.wanted_path));
   if (!has_tensors(request)) return hasher.finish();
   hasher.add(request.name).add(static_cast<std::uint64_t>(request.device.kind));
   if (is_reduction(request))
@@ -163,19 +176,22 @@ Signature signature_of(const Request& request) {
         .add(request.prescale)
         .add(request.postscale)
         .add(static_cast<std::uint64_t>(request.has_statistics))
-        .add(static_cast<std::uint64_t>(request.local_squares.size()));
+        .add(static_cast<std::uint64_t>(request.local_squares.size() +
+                                        (request.has_local_squares ? 1 : 0)));
   if (request.collective == Collective::broadcast)
     hasher.add(static_cast<std::uint64_t>(request.root));
   hasher.add(static_cast<std::uint64_t>(request.tensors.size()));
   for (const TensorArg& tensor : request.tensors) {
-    const std::vector<std::int64_t> shape = agreed_shape(request, tensor);
     hasher.add(static_cast<std::uint64_t>(tensor.dtype))
-        .add(static_cast<std::uint64_t>(shape.size()));
-    for (const std::int64_t extent : shape) hasher.add(static_cast<std::uint64_t>(extent));
+        .add(static_cast<std::uint64_t>(tensor.shape.size()));
+    // No copy of the shape: a rank that launches at once should not wait for its signature.
+    for (std::size_t i = has_free_rows(request) ? 1 : 0; i < tensor.shape.size(); ++i)
+      hasher.add(static_cast<std::uint64_t>(tensor.shape[i]));
     hasher.add(static_cast<std::uint64_t>(tensor.strides.size()));
     for (const std::int64_t stride : tensor.strides) hasher.add(static_cast<std::uint64_t>(stride));
     if (request.has_statistics) hasher.add(static_cast<std::uint64_t>(tensor.group));
   }
+  for (const std::int64_t rows : request.rows) hasher.add(static_cast<std::uint64_t>(rows));
   return hasher.finish();
 }
 
@@ -194,6 +210,8 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
   add("collective", std::string(name_of(request.collective)));
   if (request.collective == Collective::add_process_set)
     add("ranks", concat("[", join_words(request.members), "]"));
+  if (request.device.kind == DeviceKind::cuda)
+    add("wanted CUDA path", std::string(path_name(request.wanted_path)));
   if (!has_tensors(request)) return fields;
   add("name", "'" + request.name + "'");
   add("dtype", dtype_text(request.tensors));
@@ -203,7 +221,8 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
     add("prescale_factor", number_text(request.prescale));
     add("postscale_factor", number_text(request.postscale));
     if (request.has_statistics) {
-      add("statistics", request.local_squares.empty() ? "wanted" : "wanted with local_squares");
+      const bool has_squares = request.has_local_squares || !request.local_squares.empty();
+      add("statistics", has_squares ? "wanted with local_squares" : "wanted");
       std::vector<std::int64_t> groups;
       for (const TensorArg& tensor : request.tensors) groups.push_back(tensor.group);
       add("groups", concat("[", join_words(groups), "]"));
@@ -218,11 +237,13 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
     const std::vector<std::int64_t>& strides = request.tensors[i].strides;
     add("strides" + of_tensor, strides.empty() ? "contiguous" : shape_text(strides));
   }
+  if (!request.rows.empty()) add("rows", concat("[", join_words(request.rows), "]"));
   return fields;
 }
 
 std::string describe(const Request& request) {
   if (request.flags & kLeaving) return "shutdown()";
+  if (request.flags & kRejected) return "a call that this rank has rejected";
   std::string text = concat(name_of(request.collective), "(");
   if (request.collective == Collective::add_process_set)
     text += concat("ranks=[", join_words(request.members), "]");

@@ -18,8 +18,9 @@ enum class Collective : std::uint8_t {
   add_process_set = 4,  ///< only the agreement on it
   reducescatter = 5,
   alltoall = 6,
+  cuda_path = 7,  ///< only the agreement on making the CUDA side of a process set
 };
-inline constexpr int kNumCollectives = 7;
+inline constexpr int kNumCollectives = 8;
 
 std::string_view name_of(Collective collective);
 
@@ -39,11 +40,12 @@ struct TensorArg {
 /// What a rank posts besides, or instead of, the wish to run a collective.
 enum RequestFlags : std::uint32_t {
   kNormal = 0,
-  kJoined = 1,    ///< this rank has no more data; it serves the others with zeros
-  kLeaving = 2,   ///< this rank shuts down: there will be no further request from it
-  kRejected = 4,  ///< this rank's caller made a mistake that it alone could see
-  kFailed = 8,    ///< this rank could not prepare, for want of memory say
-  kDiffers = 16,  ///< set by the agreement: not all ranks asked for the same
+  kJoined = 1,     ///< this rank has no more data; it serves the others with zeros
+  kLeaving = 2,    ///< this rank shuts down: there will be no further request from it
+  kRejected = 4,   ///< this rank's caller made a mistake that it alone could see
+  kFailed = 8,     ///< this rank could not prepare, for want of memory say
+  kDiffers = 16,   ///< set by the agreement: not all ranks asked for the same
+  kLaunched = 32,  ///< this rank has enqueued it on its GPU already: there is no way back
 };
 
 /// One call of one rank. A grouped call is one request.
@@ -62,6 +64,11 @@ struct Request {
   /// Per group: what this rank adds to the sum of |g_i|^2 in place of the squares of its tensors,
   /// which may be sums over several passes. Empty, on all ranks: those of the tensors.
   std::vector<double> local_squares{};
+  // Of requests on CUDA tensors, which the calling thread enqueues; the worker compares them only.
+  bool has_local_squares = false;  ///< they lie on the device
+  /// Rows from every rank, see adareduce_cuda_request; of allgather and alltoall, else empty.
+  std::vector<std::int64_t> rows{};
+  std::int32_t wanted_path = 0;  ///< adareduce_cuda_path
 
   /// One more than the largest group; 0 without statistics.
   std::int64_t num_groups() const;

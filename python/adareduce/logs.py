@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import socket
+import sys
 import threading
 
 from adareduce import _core
@@ -49,5 +52,16 @@ class EventThread:
             if event is not None:
                 level, text = event
                 logger.log(getattr(logging, level), text)
+                if level == "FATAL":
+                    _end_process()
             elif self._engine.is_log_closed():
                 return
+
+
+def _end_process() -> None:
+    # A thread is in a call of NCCL that nothing can end, such as the making of a communicator one
+    # of whose ranks has died. An exception would never reach it, and an ordinary exit would wait.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or a pipe that nobody reads any more
+            stream.flush()
+    os._exit(1)
