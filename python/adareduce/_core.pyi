@@ -1,6 +1,6 @@
 """Engine, collectives and CPU kernels. Links neither MPI nor CUDA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from typing_extensions import Buffer, CapsuleType
@@ -28,6 +28,7 @@ class Handle:
     def gathered(self) -> list[tuple[Memory, list[int], list[int]]]: ...
     def statistics(self) -> tuple[list[float], list[float], list[int]]: ...
 
+def gain_step(numbers: Mapping[str, float], memory: Mapping[str, int]) -> None: ...
 def local_adasum(
     num_workers: int, tensors: Sequence[tuple[int, int, Sequence[int], int]]
 ) -> list[float]: ...
