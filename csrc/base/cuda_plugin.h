@@ -54,10 +54,9 @@ typedef struct {
 
 typedef struct {
   int64_t rows;      /* first dimension; 1 for a scalar */
-  int64_t row_numel; /* elements of one row */
+  int64_t row_numel; /* elements of one row, also where there are no rows */
   int32_t dtype;
-  int32_t group;     /* of its statistics */
-  int64_t row_numel; /* elements of one row, also where this rank has no rows */
+  int32_t group; /* of its statistics */
 } adareduce_cuda_tensor;
 
 /* Codes are those of engine/request.h and base/types.h. Equal on all ranks. */

@@ -7,6 +7,8 @@ namespace adareduce {
 void bind_errors(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_local(pybind11::module_& module);
+void bind_gain(pybind11::module_& module);
+void bind_cuda_gain(pybind11::module_& module);  ///< of `_cuda`
 void bind_testing(pybind11::module_& module);
 void bind_timing(pybind11::module_& module);
 // Of the module _cuda.

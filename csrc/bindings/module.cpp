@@ -5,6 +5,7 @@ PYBIND11_MODULE(_core, module) {
   adareduce::bind_errors(module);
   adareduce::bind_engine(module);
   adareduce::bind_local(module);
+  adareduce::bind_gain(module);
   auto testing = module.def_submodule("testing", "Schedules as values and kernel entries.");
   adareduce::bind_testing(testing);
   adareduce::bind_timing(testing);

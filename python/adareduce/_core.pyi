@@ -1,6 +1,6 @@
 """Engine, collectives and CPU kernels. Links neither MPI nor CUDA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from typing_extensions import Buffer, CapsuleType
@@ -33,6 +33,7 @@ class DeviceHandle:
     def order(self, stream: int) -> None: ...
     def stream(self) -> int: ...
 
+def gain_step(numbers: Mapping[str, float], memory: Mapping[str, int]) -> None: ...
 def local_adasum(
     num_workers: int, tensors: Sequence[tuple[int, int, Sequence[int], int]]
 ) -> list[float]: ...

@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 
+from adareduce import cuda_library
 from adareduce.runtime import ProcessSet, global_process_set, reject_call
-from adareduce.torch.adascale_arguments import check_distributed, own_reducer
-from adareduce.torch.differences import ConsecutiveGradients
+from adareduce.torch.adascale_arguments import (
+    LossScale,
+    check_distributed,
+    check_schedule,
+    own_reducer,
+)
+from adareduce.torch.adascale_steps import DeviceSteps, HostSteps, Parts, Steps
+from adareduce.torch.device_gain import Progress
+from adareduce.torch.device_step import choose_rates
 from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer, check_passes
 
@@ -32,12 +40,17 @@ class AdaScale(torch.optim.Optimizer):
         per_group: Each parameter group has its own gain; else all have the total one.
         loss_scale: What the loss was multiplied by when gradients are reduced: a number, a
             function, or a GradScaler. Statistics alone are divided by it.
+        schedule: Rates of scale 1 by steps of scale 1, (T,) or (T, groups): row floor(tau) counts
+            instead of ``lr``, the last one repeats. ``tabulate`` makes it of a scheduler.
+        rates: "auto", or how rates get their gain on a GPU: ``choose_rates``. The host waits for
+            nothing there, except with "host".
         process_set: The ranks that take part.
         **estimator: ``smoothing``, ``averaging``, ``clip``, ``floor``, ``absolute_floor``, as
             ``GainEstimator`` takes them.
 
     Raises:
-        ValueError: An argument is out of range, or the wrapped optimizer does not average.
+        ValueError: An argument is out of range, the wrapped optimizer does not average, or its
+            parameters are on a GPU and its step is not linear in the rate.
 
     Source: Johnson et al., arXiv 2007.05105; docs/large_batch.md.
     """
@@ -51,6 +64,8 @@ class AdaScale(torch.optim.Optimizer):
         backward_passes_per_step: int | None = None,
         per_group: bool = True,
         loss_scale: float | Callable[[], float] | Any = 1.0,
+        schedule: torch.Tensor | None = None,
+        rates: str = "auto",
         process_set: ProcessSet = global_process_set,
         **estimator: Any,
     ) -> None:
@@ -71,16 +86,24 @@ class AdaScale(torch.optim.Optimizer):
             )
         if not self._reducer.process_set.included():
             raise ValueError("AdaScale: process_set must include this rank, got one that does not")
-        self._per_group = per_group
-        self._loss_scale = loss_scale
+        devices = {parameter.device for parameter in self._parameters()}
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
+        is_on_gpu = len(devices) == 1 and device.type == "cuda" and cuda_library.is_built()
+        rates = choose_rates(rates, getattr(optimizer, "_optimizer", optimizer), is_on_gpu)
+        num_groups = len(optimizer.param_groups)
         self._estimator = GainEstimator(
-            len(optimizer.param_groups), self._count(), scale, device=device, **estimator
+            num_groups, self._count(), scale, device=device, **estimator
         )
-        self._tau = torch.zeros((), dtype=torch.float64, device=device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._sample: torch.Tensor | None = None  # statistics of the gradients that are reduced
-        self._differences = ConsecutiveGradients()
+        parts = Parts(
+            optimizer,
+            self._reducer,
+            self._estimator,
+            per_group,
+            LossScale(loss_scale),
+            check_schedule(schedule, num_groups, device),
+            device,
+        )
+        self._steps: Steps = HostSteps(parts) if rates == "host" else DeviceSteps(parts, rates)
         self._must_synchronize = True
         self._is_synchronized = False  # by the caller, without a step since
         self._is_reduced_for_scaler = False
@@ -144,21 +167,13 @@ class AdaScale(torch.optim.Optimizer):
                 "AdaScale.step: synchronize() must come before scaler.unscale_(), and step() in"
                 " skip_synchronize(), got gradients that were unscaled before they were averaged"
             )
-        if self._reducer.nonfinite or (found_inf is not None and bool(found_inf > 0)):
-            self._skipped = self._skipped + 1
-            return result
-        self._observe()
-        if grad_scale is not None:
-            gradients = [p.grad for p in self._parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, grad_scale.double().reciprocal().float())
-        with self._scaled_rates(), self._without_reduction():
-            self._step_of_optimizer()
-        self._tau = self._tau + self.gain
+        self._steps.take(self._step_of_optimizer, grad_scale, found_inf)
         return result
 
     def _step_of_optimizer(self) -> None:
         try:
-            self.optimizer.step()
+            with self._without_reduction():
+                self.optimizer.step()
         except Exception as error:
             # A distributed one has told the others by itself.
             if not self._is_distributed:
@@ -177,6 +192,7 @@ class AdaScale(torch.optim.Optimizer):
         check_passes(passes)
         self._estimator.set_count(self._reducer.process_set.size() * passes)
         self._reducer.passes_per_step = passes
+        self._steps.follow_estimator()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -192,21 +208,31 @@ class AdaScale(torch.optim.Optimizer):
 
     @property
     def tau(self) -> torch.Tensor:
-        """float64 (): scale-invariant steps so far, the sum of the total gains."""
-        return self._tau
+        """float64 (): scale-invariant steps so far, the sum of the total gains.
+
+        To read this or another tensor's value waits for a GPU; ``progress`` does not.
+        """
+        return self._steps.tau
 
     scale_invariant_steps = tau
 
     @property
     def gain(self) -> torch.Tensor:
         """float64 (): gain of all groups together, which drives ``tau``; in [1, S]."""
-        return self._estimator.gain
+        return self._steps.gain
 
     @property
     def gains(self) -> torch.Tensor:
         """float64 (groups,): what each group's rate was multiplied by."""
-        gains = self._estimator.gains
-        return gains if self._per_group else self.gain.expand_as(gains)
+        return self._steps.gains
+
+    def progress(self) -> Progress:
+        """``tau``, ``gain`` and ``skipped_steps`` as far as the host knows them. Does not block.
+
+        On a GPU those of an earlier call or step: each call takes what has arrived and asks for
+        the newest. A loop that calls it after each step is usually one or two steps behind.
+        """
+        return self._steps.progress()
 
     @property
     def variance(self) -> torch.Tensor:
@@ -231,7 +257,7 @@ class AdaScale(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> torch.Tensor:
         """int64 (): steps that were skipped because gradients were not finite."""
-        return self._skipped
+        return self._steps.skipped
 
     def noise_scale(self, micro_batch_size: int) -> torch.Tensor:
         """float64 (): the gradient noise scale in examples; see ``GainEstimator.noise_scale``."""
@@ -263,8 +289,7 @@ class AdaScale(torch.optim.Optimizer):
 
         What ``torch.save`` writes, ``torch.load(weights_only=True)`` reads.
         """
-        mine = {"tau": self._tau, "skipped_steps": self._skipped, **self._estimator.state_dict()}
-        return {"optimizer": self.optimizer.state_dict(), "adascale": mine}
+        return {"optimizer": self.optimizer.state_dict(), "adascale": self._steps.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from ``state_dict()``, also on another number of ranks. Not collective.
@@ -276,11 +301,7 @@ class AdaScale(torch.optim.Optimizer):
             raise ValueError(
                 f"AdaScale.load_state_dict: state_dict must be AdaScale's, got {list(state_dict)}"
             )
-        mine = state_dict["adascale"]
-        self._estimator.load_state_dict(mine)
-        self._tau = mine["tau"].to(self._tau.device, torch.float64, copy=True)
-        self._skipped = mine["skipped_steps"].to(self._tau.device, torch.int64, copy=True)
-        self._differences = ConsecutiveGradients()
+        self._steps.load_state_dict(state_dict["adascale"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
 
     # ---- behind the scenes ------------------------------------------------------------------
@@ -323,15 +344,7 @@ class AdaScale(torch.optim.Optimizer):
             self.optimizer.synchronize()  # type: ignore[attr-defined]
         else:
             self._reducer.reduce()
-        statistics = self._reducer.statistics
-        assert statistics is not None
-        loss_scale = self._loss_scale_now()
-        # Passes are added, so each one's gradient is that of the loss divided by their number.
-        micro_batch = statistics.new_tensor([self._reducer.passes_per_step**2, 1.0])
-        self._sample = (statistics * micro_batch / loss_scale**2).to(self._tau.device)
-        if self._estimator.count == 1 and self._estimator.scale > 1.0:
-            # Kept now: what step() finds in .grad may have been clipped or unscaled.
-            self._differences.keep([group["params"] for group in self.param_groups], loss_scale)
+        self._steps.keep_statistics()
 
     @contextlib.contextmanager
     def _without_reduction(self) -> Iterator[None]:
@@ -340,34 +353,3 @@ class AdaScale(torch.optim.Optimizer):
                 yield
         else:
             yield
-
-    def _loss_scale_now(self) -> float:
-        source = self._loss_scale
-        if hasattr(source, "get_scale"):
-            return float(source.get_scale())
-        return float(source() if callable(source) else source)
-
-    def _observe(self) -> None:
-        """Takes the statistics of a step that counts into the averages."""
-        if self._estimator.count > 1:
-            assert self._sample is not None
-            self._estimator.update(self._sample)
-        elif self._estimator.scale > 1.0:
-            squares = self._differences.squares(self._tau.device)
-            if squares is not None:
-                self._estimator.update(squares, differenced=True)
-
-    @contextlib.contextmanager
-    def _scaled_rates(self) -> Iterator[None]:
-        groups = self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        try:
-            for group, rate, gain in zip(groups, rates, self.gains.unbind(), strict=True):
-                if isinstance(rate, torch.Tensor):
-                    group["lr"] = rate * gain.to(rate)
-                else:
-                    group["lr"] = rate * float(gain)
-            yield
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -70,3 +71,52 @@ def check_distributed(
                 f"AdaScale: {name} must be given to the DistributedOptimizer that is wrapped, got"
                 f" {value!r:.80}"
             )
+
+
+class LossScale:
+    """What the loss was multiplied by when gradients are reduced.
+
+    Args:
+        source: A number, a function without arguments, or a GradScaler.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def on_host(self) -> float:
+        """Its value. Waits for a GPU on which a GradScaler keeps it."""
+        source = self._source
+        if hasattr(source, "get_scale"):
+            return float(source.get_scale())
+        return float(source() if callable(source) else source)
+
+    def on(self, device: torch.device) -> float | torch.Tensor:
+        """The same for work on ``device``: GradScaler's own float32 () tensor is not read."""
+        scale = getattr(self._source, "_scale", None)  # None before its first use: then it is known
+        if isinstance(scale, torch.Tensor):
+            return scale.to(device, torch.float32, non_blocking=True)
+        return self.on_host()
+
+
+def check_schedule(
+    schedule: torch.Tensor | None, num_groups: int, device: torch.device
+) -> torch.Tensor | None:
+    """A schedule as float64 (T, K), the rates of K groups, on ``device``.
+
+    Raises:
+        ValueError: Not a table of rates, one for all groups or one for each.
+    """
+    if schedule is None:
+        return None
+    table = torch.as_tensor(schedule)
+    if table.dim() == 1:
+        table = table[:, None].expand(-1, num_groups)
+    if table.dim() != 2 or table.shape[0] < 1 or table.shape[1] != num_groups:
+        raise ValueError(
+            f"AdaScale: schedule must have shape (T,) or (T, {num_groups}) with T at least 1, got"
+            f" {tuple(torch.as_tensor(schedule).shape)}"
+        )
+    table = table.to(device, torch.float64).contiguous()
+    if not bool((torch.isfinite(table) & (table >= 0)).all()):
+        raise ValueError("AdaScale: schedule must be finite and not negative, got other entries")
+    return table

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from adareduce.torch import streams
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.handles import Handle, dense_strides
 from adareduce.torch.statistics import ReductionStats
@@ -98,6 +99,7 @@ class Bucket:
         self.presence = torch.ones(
             len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
+        self.is_on_gpu = self.presence.is_cuda
         self.handle: Handle | None = None
         self.contexts: list[Any] = []
         self.stats: ReductionStats | None = None
@@ -106,6 +108,14 @@ class Bucket:
         self._dense_strides = [dense_strides(like) for like in likes]
         self._squares: torch.Tensor | None = None
         self.reset()
+
+    def name_in(self, step: int) -> str:
+        """The request's name in a step, so that no rank meets another in another step.
+
+        On a GPU it is always the same: ranks agree on a name once and not in every step, and a
+        graph is replayed in many. Their requests are counted instead.
+        """
+        return self.title if self.is_on_gpu else f"{self.title}, step {step}"
 
     def reset(self) -> None:
         """Begins a step."""
@@ -145,15 +155,21 @@ class Bucket:
 
         Raises:
             ValueError: A gradient is sparse, or requires a gradient itself.
+            RuntimeError: One is missing while a CUDA graph is captured.
         """
         self._missing = []
         self._gradients = [
             self._usable_gradient(place, sparse_as_dense) for place in range(len(self.parameters))
         ]
         self._versions = [gradient._version for gradient in self._gradients]
+        if self._missing and self.is_on_gpu and streams.is_capturing():
+            raise RuntimeError(
+                f"backward: {self.names[self._missing[0]]!r} must have a gradient while a CUDA"
+                " graph is captured, got none: whether another rank has one is read by the host"
+            )
         self.presence.fill_(1)
-        if self._missing:
-            self.presence[self._missing] = 0
+        for place in self._missing:
+            self.presence[place].zero_()  # a list of places would be uploaded
         return self._gradients
 
     def _usable_gradient(self, place: int, sparse_as_dense: bool) -> torch.Tensor:
@@ -206,9 +222,15 @@ class Bucket:
                 for result, context in zip(results, self.contexts, strict=True)
             ]
             torch._foreach_copy_(self._gradients, plain)
-        # Read only where this rank cannot tell by itself.
-        if self._missing:
-            numbers = self.presence[self._missing].tolist()
-            for place, number in zip(self._missing, numbers, strict=True):
-                if number == 0:
-                    self.parameters[place].grad = None
+
+    def drop_what_nobody_has(self) -> None:
+        """Takes away gradients that no rank has. Blocks where this rank lacks one, and only there.
+
+        All ranks know then; a rank that has every gradient knows without reading.
+        """
+        if not self._missing:
+            return
+        numbers = self.presence.tolist()
+        for place in self._missing:
+            if numbers[place] == 0:
+                self.parameters[place].grad = None

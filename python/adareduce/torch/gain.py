@@ -185,8 +185,12 @@ class GainEstimator:
             "is_biased": self._is_biased,
         }
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, torch.Tensor], *, in_place: bool = False) -> None:
         """Continues from ``state_dict()``, also with another scale or number of ranks.
+
+        Args:
+            state: It stays as it is.
+            in_place: Into the memory that there is, which something else may know.
 
         Raises:
             ValueError: The state is of another number of groups.
@@ -197,6 +201,10 @@ class GainEstimator:
                 f"GainEstimator.load_state_dict: state must be of {self.num_groups} groups, got"
                 f" {averages.shape[0] - 1}"
             )
+        if in_place:
+            for name, tensor in self.state_dict().items():
+                tensor.copy_(state[name])
+            return
         self._averages = averages.to(self._device, torch.float64, copy=True)
         self._num_samples = state["num_samples"].to(self._device, torch.float64, copy=True)
         self._is_biased = state["is_biased"].to(self._device, torch.bool, copy=True)

@@ -79,7 +79,8 @@ class GradientReducer:
         self._with_statistics = with_statistics
         self.process_set = process_set
         self._is_member = process_set.included()
-        self.statistics: torch.Tensor | None = None
+        self._has_statistics = False
+        self._combined: torch.Tensor | None = None
 
         parameters = [p for group in groups for p in group]
         self._names = {
@@ -105,7 +106,7 @@ class GradientReducer:
         ]
         self._known = set(map(id, backward_order))
         self._num_launched = 0
-        self._step = 0  # in names, so that no rank meets another in another step
+        self._step = 0  # in names
         self._failure: Exception | None = None
         self._passes_per_step = 0
         self._removers: list[Callable[[], None]] = []
@@ -141,6 +142,11 @@ class GradientReducer:
         return len(self._buckets)
 
     @property
+    def num_tensors(self) -> int:
+        """Tensors in all requests of a step, which is more than there are gradients."""
+        return sum(len(bucket.rows) for bucket in self._buckets)
+
+    @property
     def num_finished(self) -> int:
         """Requests of this step that have finished; those of a step that waits count."""
         return sum(bucket.handle is not None and poll(bucket.handle) for bucket in self._buckets)
@@ -157,8 +163,42 @@ class GradientReducer:
         return any(bucket.handle is not None for bucket in self._buckets)
 
     @property
+    def statistics(self) -> torch.Tensor | None:
+        """float64 (K, 2) for K parameter groups, after ``reduce`` with statistics; else None.
+
+        The sum over ranks and passes of |g|^2, and |mean over ranks|^2 of the gradients added over
+        the passes, both before the scale factors; the same bits on all ranks.
+        """
+        if self._has_statistics and self._combined is None:
+            self._combined = self._combine()
+        return self._combined
+
+    @property
+    def statistics_by_bucket(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What ``statistics`` and ``nonfinite`` are made of, where it lies; reads nothing.
+
+        Per bucket a float64 (rows, 4), whose first two columns are to be added by ``row_groups``
+        and divided by ``divisors``; and int64 counts of elements that are not finite.
+        """
+        stats = [(b.stats, len(b.group_numbers)) for b in self._buckets if b.stats is not None]
+        rows = [found.groups[:count] for found, count in stats if found.groups is not None]
+        return rows, [found.nonfinite for found, _ in stats]
+
+    @property
+    def row_groups(self) -> list[int]:
+        """The parameter group of each of the rows of ``statistics_by_bucket``, bucket by bucket."""
+        return [number for bucket in self._buckets for number in bucket.group_numbers]
+
+    @property
+    def divisors(self) -> tuple[float, float]:
+        """What makes the columns of ``statistics_by_bucket`` those before the scale factors."""
+        # Squares that the engine took are those of scaled gradients.
+        of_mean = self._prescale_factor**2
+        return (of_mean if self._passes_per_step == 1 else 1.0), of_mean
+
+    @property
     def nonfinite(self) -> bool:
-        """Whether a gradient has an infinite or undefined element.
+        """Whether a gradient has an infinite or undefined element. Blocks on a GPU.
 
         After ``reduce`` the same on all ranks, without communication. Reads the gradients where
         there are no statistics, which have counted.
@@ -175,10 +215,9 @@ class GradientReducer:
     def reduce(self) -> None:
         """Launches the buckets that are missing, waits for all and leaves the results in ``.grad``.
 
-        Collective over the process set; blocks. Gradients whose passes are not complete are
-        reduced as they are. With statistics, ``statistics`` is then a float64 tensor (K, 2) for K
-        parameter groups: the sum over ranks and passes of |g|^2, and |mean over ranks|^2 of the
-        gradients added over the passes, both before the scale factors; the same bits on all ranks.
+        Collective over the process set; blocks on the CPU. On a GPU the current stream waits and
+        the host does not, except where a parameter has no gradient on this rank. Gradients whose
+        passes are not complete are reduced as they are.
 
         Raises:
             RuntimeError: Somebody changed or replaced a gradient while it was being reduced, or
@@ -201,7 +240,7 @@ class GradientReducer:
         self.reset()
         if failure is not None:
             raise failure
-        self.statistics = self._combine() if self._with_statistics else None
+        self._has_statistics, self._combined = self._with_statistics, None
 
     def reset(self) -> None:
         """Forgets the passes that were counted. Not collective; blocks only after an error.
@@ -283,7 +322,7 @@ class GradientReducer:
                     extra["local_squares"] = bucket.squares
             handle = call(
                 tensors,
-                name=f"{bucket.title}, step {self._step}",
+                name=bucket.name_in(self._step),
                 op=self.op,
                 prescale_factor=self._prescale_factor,
                 postscale_factor=self._postscale_factor,
@@ -331,18 +370,19 @@ class GradientReducer:
                 result, bucket.stats = result
             if self._failure is None:
                 bucket.finish(result[:-1], self._compression)
+        if self._failure is None:
+            for bucket in self._buckets:
+                bucket.drop_what_nobody_has()
 
     def _combine(self) -> torch.Tensor:
-        total = torch.zeros(len(self._groups), 2, dtype=torch.float64, device="cpu")
-        for bucket in self._buckets:
-            assert bucket.stats is not None
-            assert bucket.stats.groups is not None
-            rows = bucket.stats.groups[: len(bucket.group_numbers), :2]
-            total[bucket.group_numbers] += rows
-        # Squares that the engine took are those of scaled gradients.
-        total[:, 1] /= self._prescale_factor**2
-        if self._passes_per_step == 1:
-            total[:, 0] /= self._prescale_factor**2
+        rows, _ = self.statistics_by_bucket
+        device = rows[0].device if rows else torch.device("cpu")
+        total = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=device)
+        groups = iter(self.row_groups)
+        for row in (row for part in rows for row in part):
+            total[next(groups)] += row[:2].to(device)
+        for column, divisor in enumerate(self.divisors):
+            total[:, column] /= divisor
         return total
 
 
