@@ -302,28 +302,16 @@ def current_job() -> _Job:
 
 
 def choose_cuda_path(process_set: ProcessSet, device: int) -> ChosenPath:
-    """How CUDA tensors of a process set travel. Collective and blocks at a set's first call.
+    """Asks the engine how CUDA tensors of a process set travel. Collective; blocks the first time.
 
     Raises:
-        ValueError: There is no CUDA in this build, the set has another GPU on this rank, or
-            ADAREDUCE_CUDA_PATH asks for what is not possible.
+        ValueError: There is no CUDA in this build, or ADAREDUCE_CUDA_PATH asks for what is not
+            possible.
         HorovodInternalError: The ranks disagree, or one is lost.
     """
     job = current_job()
     if process_set.process_set_id is None:
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
-    if process_set.cuda is None:
-        process_set.cuda = _ask_for_path(job, process_set.process_set_id, device)
-    if process_set.cuda.device != device:
-        raise ValueError(
-            f"a process set serves one GPU per rank, and {process_set} has cuda:"
-            f"{process_set.cuda.device} since its first call, got tensors on cuda:{device}; add a"
-            " process set for the other GPU"
-        )
-    return process_set.cuda
-
-
-def _ask_for_path(job: _Job, process_set_id: int, device: int) -> ChosenPath:
     if not job.has_cuda:
         if job.cuda_path == CudaPath.staged and not cuda_library.is_built():
             return ChosenPath(CudaPath.staged, "ADAREDUCE_CUDA_PATH is staged", device)
@@ -333,7 +321,7 @@ def _ask_for_path(job: _Job, process_set_id: int, device: int) -> ChosenPath:
             raise ValueError(str(error)) from error
         job.engine.attach_cuda(module.plugin(), job.cuda_path)
         job.has_cuda = True
-    code, why = job.engine.cuda_path(process_set_id, device)
+    code, why = job.engine.cuda_path(process_set.process_set_id, device)
     return ChosenPath(CudaPath(code), why, device)
 
 

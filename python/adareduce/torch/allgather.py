@@ -113,10 +113,9 @@ def _start(
                     f"{function}: tensor must have at least one dimension, got a scalar"
                 )
         inputs = [tensor.detach().contiguous() for tensor in tensors]
-        outputs: list[torch.Tensor | None] = [None] * len(inputs)
+        outputs: list[torch.Tensor] | None = None
         options: dict[str, Any] = {}
-        is_on_gpu = choose_path(function, inputs, process_set) is not None
-        if is_on_gpu:
+        if choose_path(function, inputs, process_set) is not None:
             mine = [tensor.shape[0] for tensor in inputs]
             of_ranks = gather_numbers(mine, f"{name or function}, rows", process_set)
             rows = [list(of_tensor) for of_tensor in zip(*of_ranks, strict=True)]
@@ -129,21 +128,17 @@ def _start(
             function,
             Collective.allgather,
             inputs,
-            outputs,
+            outputs or [None] * len(inputs),
             name=name,
             process_set=process_set,
             **options,
         )
 
     def finish(request: Any) -> torch.Tensor | list[torch.Tensor]:
-        results = (
-            outputs
-            if is_on_gpu
-            else [
-                to_tensor(memory, shape, tensor.dtype)
-                for (memory, shape, _), tensor in zip(request.gathered(), inputs, strict=True)
-            ]
-        )
+        results = outputs or [
+            to_tensor(memory, shape, tensor.dtype)
+            for (memory, shape, _), tensor in zip(request.gathered(), inputs, strict=True)
+        ]
         return results if function == "grouped_allgather" else results[0]
 
     return Handle(request, finish, name, process_set.names_in_use)

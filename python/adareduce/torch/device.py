@@ -42,22 +42,28 @@ def cuda_path(
 
 def path_of(process_set: ProcessSet, device: int) -> ChosenPath:
     """As ``cuda_path``, inside ``rejected_on_all_ranks``; warns where the path is a poor one."""
-    is_first = process_set.cuda is None
-    if is_first and streams.is_capturing():
+    if process_set.cuda is None:
+        if streams.is_capturing():
+            raise ValueError(
+                f"{process_set} must have been used with CUDA tensors before a graph is captured:"
+                " make the same calls once before"
+            )
+        chosen = choose_cuda_path(process_set, device)
+        everyones = host.gather_texts(streams.uuid_of(device), "GPUs", process_set)
+        # Only now, when every rank has come this far: a rank that made a mistake chooses later,
+        # and then all must.
+        process_set.cuda = chosen
+        if process_set.rank() == 0:
+            _warn(process_set, chosen, everyones)
+    if process_set.cuda.device != device:
         raise ValueError(
-            f"{process_set} must have been used with CUDA tensors before a graph is captured: make"
-            " the same calls once before"
+            f"a process set serves one GPU per rank, and {process_set} has"
+            f" cuda:{process_set.cuda.device} since its first call; add a process set for the other"
         )
-    chosen = choose_cuda_path(process_set, device)
-    if is_first:
-        _warn(process_set, chosen)
-    return chosen
+    return process_set.cuda
 
 
-def _warn(process_set: ProcessSet, chosen: ChosenPath) -> None:
-    everyones = host.gather_texts(streams.uuid_of(chosen.device), None, process_set)
-    if process_set.rank() != 0:
-        return
+def _warn(process_set: ProcessSet, chosen: ChosenPath, everyones: Sequence[str]) -> None:
     if chosen.path == CudaPath.staged:
         logger.warning(
             "%s: CUDA tensors go through host memory, which is many times slower than NCCL or"
@@ -65,7 +71,7 @@ def _warn(process_set: ProcessSet, chosen: ChosenPath) -> None:
             process_set,
             chosen.why,
         )
-    shared = {uuid: count for uuid, count in Counter(everyones).items() if uuid and count > 1}
+    shared = [uuid for uuid, count in Counter(everyones).items() if uuid and count > 1]
     if shared:
         logger.warning(
             "%s: several ranks share a GPU, which makes them wait for each other: %s",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def submit_named(
             return submit(
                 collective, inputs, outputs, name=name, process_set=process_set, **options
             )
-        start = stage if chosen.path == CudaPath.staged else launch
+        start: Callable[..., Request] = stage if chosen.path == CudaPath.staged else launch
         return start(
             collective,
             inputs,

@@ -25,12 +25,15 @@ class Part(NamedTuple):
         sources: Blocks that are copied down, one after the other.
         targets: Blocks that the result is copied up to, one after the other.
         row: Shape of a row where the engine counts rows; None where it counts elements.
+        whole: The tensor, where the piece takes all of its elements: the engine then sees its
+            shape and strides, so that messages speak of them.
     """
 
     tensor: int
     sources: list[torch.Tensor]
     targets: list[torch.Tensor]
-    row: tuple[int, ...] | None
+    row: tuple[int, ...] | None = None
+    whole: torch.Tensor | None = None
 
 
 class Piece:
@@ -48,15 +51,15 @@ class Piece:
         for part in self.parts:
             numel = sum(block.numel() for block in part.sources)
             flat = streams.empty_pinned(numel, part.sources[0].dtype)
-            self.host_inputs.append(_in_rows(flat, part.sources, part.row))
+            self.host_inputs.append(_shaped(flat, part.sources, part))
             yield from zip(_split_like(flat, part.sources), part.sources, strict=True)
             if self._gathers:
                 self.host_outputs.append(None)
             elif part.row is None:
-                self.host_outputs.append(flat)
+                self.host_outputs.append(self.host_inputs[-1])
             else:
                 result = flat.new_empty(sum(block.numel() for block in part.targets))
-                self.host_outputs.append(_in_rows(result, part.targets, part.row))
+                self.host_outputs.append(_shaped(result, part.targets, part))
 
     def results(self, request: _core.Handle) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What must be copied up once the request has ended: to where, from where."""
@@ -70,7 +73,7 @@ class Piece:
         else:
             gathered = [tensor for tensor in self.host_outputs if tensor is not None]
         for part, result in zip(self.parts, gathered, strict=True):
-            flat = result.reshape(-1)
+            flat = _flat(result)
             if part.row is not None:
                 flat = streams.empty_pinned(flat.numel(), flat.dtype).copy_(flat)
             yield from zip(part.targets, _split_like(flat, part.targets), strict=True)
@@ -107,7 +110,8 @@ def cut_elements(
                 continue
             take = max(take, min(left, 1))
             span = slice(begin, begin + take)
-            parts.append(Part(place, [sources[span]], [targets[span]], None))
+            whole = source if take == source.numel() else None
+            parts.append(Part(place, [sources[span]], [targets[span]], whole=whole))
             begin, room = begin + take, room - take * size
             if begin == sources.numel():
                 break
@@ -209,14 +213,20 @@ class Statistics:
         return sorted({self._groups[part.tensor] for part in piece.parts})
 
 
-def title_of(
+def names_of(
+    cut: Sequence[Piece],
     collective: Collective,
     tensors: Sequence[torch.Tensor],
     op: ReduceOp,
     name: str | None,
     groups: Sequence[int] | None,
-) -> str:
-    """Names a call's pieces by all that ranks must agree on, so that they do before data moves."""
+) -> list[str | None]:
+    """Names of the pieces' requests: the call's own for a single piece, which is the whole call.
+
+    Otherwise they hold all that ranks must agree on, so that they do before anything is written.
+    """
+    if len(cut) == 1:
+        return [name]
     words = []
     for tensor in tensors:
         # Rows may differ between ranks, except where they are reduced or copied.
@@ -229,7 +239,8 @@ def title_of(
     shown = ", ".join(words[:_TENSORS_IN_TITLE])
     more = len(words) - _TENSORS_IN_TITLE
     rest = f" and {more} more" if more > 0 else ""
-    return f"{name or collective.name} through the host of {shown}{rest} ({digest})"
+    title = f"{name or collective.name} through the host of {shown}{rest} ({digest})"
+    return [f"{title}, piece {number} of {len(cut)}" for number in range(len(cut))]
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -249,10 +260,15 @@ def _blocks(tensor: torch.Tensor, rows: Sequence[int], first: int, step: int) ->
 
 def _split_like(flat: torch.Tensor, blocks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     numels = [block.numel() for block in blocks]
-    return [part.view(block.shape) for part, block in zip(flat.split(numels), blocks, strict=True)]
+    return [
+        part.view(block.shape)
+        for part, block in zip(flat.split_with_sizes(numels), blocks, strict=True)
+    ]
 
 
-def _in_rows(
-    flat: torch.Tensor, blocks: Sequence[torch.Tensor], row: tuple[int, ...] | None
-) -> torch.Tensor:
-    return flat if row is None else flat.view(sum(block.shape[0] for block in blocks), *row)
+def _shaped(flat: torch.Tensor, blocks: Sequence[torch.Tensor], part: Part) -> torch.Tensor:
+    if part.whole is not None:
+        return flat.as_strided(part.whole.shape, part.whole.stride())
+    if part.row is not None:
+        return flat.view(sum(block.shape[0] for block in blocks), *part.row)
+    return flat
