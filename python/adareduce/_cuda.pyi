@@ -1,29 +1,28 @@
 """CUDA kernels, the peer path and NCCL. Importing it starts no CUDA."""
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TypedDict
 
 from typing_extensions import CapsuleType
 
+testing: ModuleType
+
 class Gpu(TypedDict):
     name: str
     uuid: str
-    sms: int
-    memory: int  # bytes
-    capability: str  # "9.0"
-
-class Nccl(TypedDict):
-    code: int  # 22809; 0 where there is none
-    version: str
-    path: str
-    why_not: str
+    capability: int  # 90
+    multiprocessors: int
+    memory_bytes: int
 
 class Description(TypedDict):
-    runtime: str  # the CUDA that it was built with, "13.0"
-    driver: str  # the newest CUDA that the driver knows; empty without one
-    why_not: str  # why there is no GPU
+    cuda_runtime: int  # 13000: the CUDA that is linked in
+    cuda_driver: int  # the newest that the driver can serve; 0 without one
     gpus: list[Gpu]
-    nccl: Nccl
+    problem: str  # why there is no GPU to use
+    nccl_version: int  # 22809; 0 where there is none
+    nccl_path: str
+    nccl_why_not: str
 
 def plugin() -> CapsuleType: ...
 def describe() -> Description: ...

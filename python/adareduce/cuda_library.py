@@ -50,6 +50,16 @@ def load() -> ModuleType:
     return module
 
 
+def cuda_version(code: int) -> str:
+    """13020 is "13.2"."""
+    return f"{code // 1000}.{code % 1000 // 10}"
+
+
+def nccl_version(code: int) -> str:
+    """22809 is "2.28.9"."""
+    return f"{code // 10_000}.{code // 100 % 100}.{code % 100}"
+
+
 def nccl_folders() -> list[Path]:
     """Folders of NCCL wheels (nvidia-nccl-cu12 and the like) in this environment."""
     try:

@@ -305,9 +305,9 @@ def choose_cuda_path(process_set: ProcessSet, device: int) -> ChosenPath:
     """Asks the engine how CUDA tensors of a process set travel. Collective; blocks the first time.
 
     Raises:
-        ValueError: There is no CUDA in this build, or ADAREDUCE_CUDA_PATH asks for what is not
-            possible.
-        HorovodInternalError: The ranks disagree, or one is lost.
+        ValueError: There is no CUDA in this build.
+        HorovodInternalError: What ADAREDUCE_CUDA_PATH asks for is not possible, the ranks disagree,
+            or one is lost.
     """
     job = current_job()
     if process_set.process_set_id is None:
@@ -373,7 +373,7 @@ def nccl_built() -> int:
     """
     if not cuda_library.is_built():
         return 0
-    return int(cuda_library.load().describe()["nccl"]["code"])
+    return int(cuda_library.load().describe()["nccl_version"])
 
 
 def cuda_built() -> bool:

@@ -29,9 +29,9 @@ def cuda_path(
         device: Of a set that has not been used: this rank's GPU; torch's current one by default.
 
     Raises:
-        ValueError: This build has no CUDA, ADAREDUCE_CUDA_PATH asks for what is not possible, or
-            the set has another GPU.
-        HorovodInternalError: The ranks disagree, or one is lost.
+        ValueError: This build has no CUDA, or the set has another GPU.
+        HorovodInternalError: What ADAREDUCE_CUDA_PATH asks for is not possible, the ranks disagree,
+            or one is lost.
     """
     with rejected_on_all_ranks(process_set):
         if device is None:
