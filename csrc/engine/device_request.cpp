@@ -93,8 +93,8 @@ Signature device_key(const Request& request) {
 std::vector<adareduce_cuda_tensor> tensors_on_device(const Request& request) {
   std::vector<adareduce_cuda_tensor> tensors;
   for (const TensorArg& tensor : request.tensors)
-    tensors.push_back({tensor.numel(), first_extent(tensor),
-                       static_cast<std::int32_t>(tensor.dtype), tensor.group, row_numel(tensor)});
+    tensors.push_back({first_extent(tensor), row_numel(tensor),
+                       static_cast<std::int32_t>(tensor.dtype), tensor.group});
   return tensors;
 }
 

@@ -27,6 +27,16 @@ class Collective(enum.IntEnum):
     alltoall = 6
 
 
+class CudaPath(enum.IntEnum):
+    """How CUDA tensors of a process set travel. See docs/gpu.md."""
+
+    auto = 0
+    nccl = 1
+    peer = 2
+    staged = 3
+    single = 4
+
+
 Average = ReduceOp.Average
 Sum = ReduceOp.Sum
 Adasum = ReduceOp.Adasum

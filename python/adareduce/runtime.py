@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any, Literal
 
-from adareduce import _core, logs, mpi_library
+from adareduce import _core, cuda_library, logs, mpi_library
+from adareduce.ops import CudaPath
 from adareduce.settings import Settings
 
 HorovodInternalError = _core.HorovodInternalError
@@ -31,6 +32,21 @@ _LAST_WORDS_SECONDS = 2.0
 _TURN_SECONDS = 0.5
 _MOST_TURNS = 8
 _WAIT_SECONDS = 0.2  # between two looks for Ctrl-C; waits themselves cost nothing
+
+
+@dataclass(frozen=True)
+class ChosenPath:
+    """How the CUDA tensors of a process set travel.
+
+    Attributes:
+        path: Not ``auto``; the same on all ranks.
+        why: In one line.
+        device: This rank's GPU, as torch counts them. A process set serves one.
+    """
+
+    path: CudaPath
+    why: str
+    device: int
 
 
 class ProcessSet:
@@ -46,6 +62,7 @@ class ProcessSet:
         self.process_set_id: int | None = None
         self.names_in_use: set[str] = set()
         self.num_reducers = 0  # numbers the names of their requests
+        self.cuda: ChosenPath | None = None  # since its first call with CUDA tensors
 
     def size(self) -> int:
         """Number of ranks in the set."""
@@ -78,6 +95,8 @@ class _Job:
 
     engine: _core.Engine
     log: logs.EventThread
+    cuda_path: CudaPath = CudaPath.auto  # wanted
+    has_cuda: bool = False  # the engine has the module _cuda
     process_sets: list[ProcessSet] = field(default_factory=list)
 
 
@@ -132,7 +151,7 @@ def init(
         if comm is None and engine.size == 1:
             _check_not_scattered()
         logs.set_up(engine.rank, engine.size, settings.log_level)
-        _process.job = _Job(engine, logs.EventThread(engine))
+        _process.job = _Job(engine, logs.EventThread(engine), settings.cuda_path)
         _process.is_broken = False
         _adopt_process_set(global_process_set, list(range(engine.size)), 0)
         if process_sets is not None and process_sets != "dynamic":
@@ -236,6 +255,7 @@ def _adopt_process_set(process_set: ProcessSet, ranks: list[int], process_set_id
     process_set.process_set_id = process_set_id
     process_set.names_in_use = set()
     process_set.num_reducers = 0
+    process_set.cuda = None
     current_job().process_sets.append(process_set)
 
 
@@ -281,6 +301,30 @@ def current_job() -> _Job:
     return job
 
 
+def choose_cuda_path(process_set: ProcessSet, device: int) -> ChosenPath:
+    """Asks the engine how CUDA tensors of a process set travel. Collective; blocks the first time.
+
+    Raises:
+        ValueError: There is no CUDA in this build.
+        HorovodInternalError: What ADAREDUCE_CUDA_PATH asks for is not possible, the ranks disagree,
+            or one is lost.
+    """
+    job = current_job()
+    if process_set.process_set_id is None:
+        raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
+    if not job.has_cuda:
+        if job.cuda_path == CudaPath.staged and not cuda_library.is_built():
+            return ChosenPath(CudaPath.staged, "ADAREDUCE_CUDA_PATH is staged", device)
+        try:
+            module = cuda_library.load()
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        job.engine.attach_cuda(module.plugin(), job.cuda_path)
+        job.has_cuda = True
+    code, why = job.engine.cuda_path(process_set.process_set_id, device)
+    return ChosenPath(CudaPath(code), why, device)
+
+
 def is_initialized() -> bool:
     """Whether init() has been called and shutdown() has not."""
     return _process.job is not None
@@ -322,13 +366,19 @@ def is_homogeneous() -> bool:
 
 
 def nccl_built() -> int:
-    """NCCL's version code, 0 in builds without: this one."""
-    return 0
+    """NCCL's version code, such as 22809 for 2.28.9, of the library that CUDA tensors would use.
+
+    0 in builds without CUDA, or where there is no NCCL. Loads NCCL and asks CUDA for its devices,
+    so call it after processes have been forked, not before.
+    """
+    if not cuda_library.is_built():
+        return 0
+    return int(cuda_library.load().describe()["nccl_version"])
 
 
 def cuda_built() -> bool:
-    """Whether this build has CUDA kernels: not yet."""
-    return False
+    """Whether this build has CUDA kernels, also where there is no GPU. Loads nothing."""
+    return cuda_library.is_built()
 
 
 def rocm_built() -> bool:

@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adareduce.ops import CudaPath
+
 # Small enough that a large model has several buckets, whose reductions overlap with backward; large
 # enough that a message's latency does not count.
 DEFAULT_FUSION_THRESHOLD = 16 * 2**20
@@ -25,6 +27,7 @@ _LOG_LEVELS = {
     "error": logging.ERROR,
     "fatal": logging.CRITICAL,
 }
+_CUDA_PATHS = (CudaPath.auto, CudaPath.nccl, CudaPath.peer, CudaPath.staged)
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,15 @@ class Settings:
         log_level: Of the logger "adareduce". ADAREDUCE_LOG_LEVEL, HOROVOD_LOG_LEVEL.
         fusion_threshold: Bytes of gradients that an optimizer puts into one request; 0: a request
             for each parameter. ADAREDUCE_FUSION_THRESHOLD, HOROVOD_FUSION_THRESHOLD.
+        cuda_path: How CUDA tensors travel: auto, nccl, peer or staged; what was asked for is taken
+            or is an error. ADAREDUCE_CUDA_PATH.
     """
 
     warn_after: float = 60.0
     fail_after: float = 600.0
     log_level: int = logging.WARNING
     fusion_threshold: int = DEFAULT_FUSION_THRESHOLD
+    cuda_path: CudaPath = CudaPath.auto
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -70,6 +76,7 @@ class Settings:
                 "HOROVOD_FUSION_THRESHOLD",
                 DEFAULT_FUSION_THRESHOLD,
             ),
+            cuda_path=_cuda_path(environ),
         )
 
 
@@ -112,3 +119,14 @@ def _log_level(environ: Mapping[str, str]) -> int:
     if text.lower() not in _LOG_LEVELS:
         raise ValueError(f"{name} must be one of {', '.join(_LOG_LEVELS)}, got {text!r}")
     return _LOG_LEVELS[text.lower()]
+
+
+def _cuda_path(environ: Mapping[str, str]) -> CudaPath:
+    found = _first_set(environ, "ADAREDUCE_CUDA_PATH")
+    if found is None:
+        return CudaPath.auto
+    name, text = found
+    choices = {path.name: path for path in _CUDA_PATHS}
+    if text.lower() not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
+    return choices[text.lower()]

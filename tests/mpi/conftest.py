@@ -49,6 +49,19 @@ def ranks() -> Any:
     return _all_ranks
 
 
+@pytest.fixture(autouse=True)
+def _device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """ADAREDUCE_TEST_DEVICE repeats tests as if on a GPU: one of emulated_gpu.MODES."""
+    mode = os.environ.get("ADAREDUCE_TEST_DEVICE")
+    if not mode or "gpu" in request.fixturenames:
+        yield
+        return
+    from emulated_gpu import emulate
+
+    with emulate(mode):
+        yield
+
+
 @pytest.fixture
 def rank() -> int:
     return int(_all_ranks.rank)

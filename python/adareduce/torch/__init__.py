@@ -56,6 +56,7 @@ from adareduce.torch.alltoall import alltoall, alltoall_async
 from adareduce.torch.barrier import barrier
 from adareduce.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
 from adareduce.torch.compression import Compression
+from adareduce.torch.device import cuda_path
 from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer
 from adareduce.torch.handles import Handle, poll, synchronize
@@ -132,6 +133,7 @@ __all__ = [
     "cross_rank",
     "cross_size",
     "cuda_built",
+    "cuda_path",
     "ddl_built",
     "global_process_set",
     "gloo_built",

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from adareduce import _core
 from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.allreduce import sum_gradients
-from adareduce.torch.handles import Handle, check_tensors, submit_named, synchronize
+from adareduce.torch.dispatch import choose_path, submit_named
+from adareduce.torch.handles import Handle, check_tensors, synchronize
+from adareduce.torch.host import gather_numbers, to_tensor
 
 
 def allgather_async(
@@ -21,17 +22,18 @@ def allgather_async(
 ) -> Handle:
     """Starts to concatenate the ranks' tensors along their first dimension, in rank order.
 
-    Collective over the process set; does not block. ``synchronize(handle)`` returns a new tensor.
+    Collective over the process set; does not block, except that with CUDA tensors the host waits
+    for all ranks' numbers of rows. ``synchronize(handle)`` returns a new tensor.
 
     Args:
-        tensor: CPU tensor of any dtype with at least one dimension. The first may differ between
-            ranks and may be 0; the others are the same on all ranks.
+        tensor: Of any dtype, on the CPU or a GPU, with at least one dimension. The first may
+            differ between ranks and may be 0; the others are the same on all ranks.
         name: Equal on all ranks; in use until the handle is synchronised.
         process_set: The ranks that take part.
 
     Raises:
         TypeError: Not a tensor, or of a dtype that is not known.
-        ValueError: The tensor is a scalar or not on the CPU, or ``name`` is in use.
+        ValueError: The tensor is a scalar or on no device that can be used, or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
     return _start("allgather", [tensor], name, process_set)
@@ -89,9 +91,10 @@ class _Allgather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         totals = sum_gradients(gradients, ctx.process_set)
-        mine = torch.tensor([ctx.num_rows], dtype=torch.int64, device="cpu")
-        of_ranks = allgather(mine, process_set=ctx.process_set)
-        firsts = of_ranks[: ctx.process_set.rank()].sum(dim=0).tolist()
+        with rejected_on_all_ranks(ctx.process_set):
+            of_ranks = gather_numbers(ctx.num_rows, None, ctx.process_set)
+        before = of_ranks[: ctx.process_set.rank()]
+        firsts = [sum(rows[place] for rows in before) for place in range(len(ctx.num_rows))]
         parts = [
             total.narrow(0, first, rows)
             for total, first, rows in zip(totals, firsts, ctx.num_rows, strict=True)
@@ -110,28 +113,32 @@ def _start(
                     f"{function}: tensor must have at least one dimension, got a scalar"
                 )
         inputs = [tensor.detach().contiguous() for tensor in tensors]
+        outputs: list[torch.Tensor] | None = None
+        options: dict[str, Any] = {}
+        if choose_path(function, inputs, process_set) is not None:
+            mine = [tensor.shape[0] for tensor in inputs]
+            of_ranks = gather_numbers(mine, f"{name or function}, rows", process_set)
+            rows = [list(of_tensor) for of_tensor in zip(*of_ranks, strict=True)]
+            outputs = [
+                tensor.new_empty((sum(of_tensor), *tensor.shape[1:]))
+                for tensor, of_tensor in zip(inputs, rows, strict=True)
+            ]
+            options["rows"] = [count for of_tensor in rows for count in of_tensor]
         request = submit_named(
             function,
             Collective.allgather,
             inputs,
-            [None] * len(inputs),
+            outputs or [None] * len(inputs),
             name=name,
             process_set=process_set,
+            **options,
         )
 
-    def finish(request: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
-        results = [
+    def finish(request: Any) -> torch.Tensor | list[torch.Tensor]:
+        results = outputs or [
             to_tensor(memory, shape, tensor.dtype)
             for (memory, shape, _), tensor in zip(request.gathered(), inputs, strict=True)
         ]
         return results if function == "grouped_allgather" else results[0]
 
     return Handle(request, finish, name, process_set.names_in_use)
-
-
-def to_tensor(memory: _core.Memory, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over memory that the engine allocated."""
-    # The tensor keeps the memory alive; frombuffer refuses memory of no bytes.
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 
-from adareduce import _core
 from adareduce.ops import Collective, ReduceOp
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.compression import Compression, Compressor
+from adareduce.torch.dispatch import submit_named
 from adareduce.torch.handles import (
     Handle,
     check_op,
     check_scales,
     check_tensors,
     mark_written,
-    submit_named,
     synchronize,
 )
 
@@ -34,11 +33,12 @@ def grouped_allreduce_async_(
     """Starts to reduce tensors over all ranks, in place; all or none are written.
 
     Collective over the process set; does not block. The tensors must not be touched before
-    ``synchronize(handle)``, which returns them.
+    ``synchronize(handle)``, which returns them. Of CUDA tensors it orders streams: docs/gpu.md.
 
     Args:
-        tensors: CPU tensors of any shapes and dtypes, the same on all ranks. Their strides must be
-            equal on all ranks and leave no gaps: contiguous, channels_last and so on.
+        tensors: Of any shapes and dtypes, the same on all ranks, all on the CPU or on one GPU.
+            Their strides must be equal on all ranks and leave no gaps: contiguous, channels_last
+            and so on.
         average: Deprecated: use ``op``.
         name: Equal on all ranks; in use until the handle is synchronised.
         op: Average (default), Sum, Min, Max, Product, or Adasum, which is computed for each tensor
@@ -50,8 +50,9 @@ def grouped_allreduce_async_(
 
     Raises:
         TypeError: ``op`` means nothing for a tensor's dtype (Adasum of integers, Sum of bool).
-        ValueError: A tensor is not on the CPU or not dense, or ``name`` is in use. Raised here on
-            the rank that made the mistake, and as HorovodInternalError on the others.
+        ValueError: A tensor is not dense or on another device than the others, or ``name`` is in
+            use. Raised here on the rank that made the mistake, and as HorovodInternalError on the
+            others.
         HorovodInternalError: The process set is broken.
 
     Source: Adasum: arXiv 2006.02924; docs/algorithms.md.
@@ -273,11 +274,13 @@ def start_allreduce(
     process_set: ProcessSet,
     *,
     in_place: bool,
-    groups: Sequence[int] | None = None,
-    local_squares: Sequence[float] = (),
-    finish: Callable[[_core.Handle, list[torch.Tensor]], Any] | None = None,
+    finish: Callable[[Any, list[torch.Tensor]], Any] | None = None,
+    **options: Any,
 ) -> Handle:
-    """What all forms have in common. ``finish`` makes the handle's result of the outputs."""
+    """What all forms have in common. ``finish`` makes the handle's result of the outputs.
+
+    ``options`` are further ones of ``submit_named``, for statistics.
+    """
     with rejected_on_all_ranks(process_set):
         chosen_op = choose_op(function, average, op)
         check_tensors(function, tensors, in_place=in_place)
@@ -297,11 +300,10 @@ def start_allreduce(
             op=chosen_op,
             prescale_factor=float(prescale_factor),
             postscale_factor=float(postscale_factor),
-            groups=groups,
-            local_squares=local_squares,
+            **options,
         )
 
-    def result_of(request: _core.Handle) -> Any:
+    def result_of(request: Any) -> Any:
         if in_place:
             mark_written(final_outputs)
         if finish is not None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from adareduce import _core
 from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
-from adareduce.torch.allgather import to_tensor
-from adareduce.torch.handles import Handle, check_tensors, submit_named, synchronize
+from adareduce.torch.dispatch import choose_path, submit_named
+from adareduce.torch.handles import Handle, check_tensors, synchronize
+from adareduce.torch.host import gather_numbers, to_tensor
 
 
 def alltoall_async(
@@ -21,21 +21,23 @@ def alltoall_async(
 ) -> Handle:
     """Starts to send rows of ``tensor`` to every rank, and to receive theirs, in rank order.
 
-    Collective over the process set; does not block. ``synchronize(handle)`` returns a new tensor,
-    or with ``splits`` that tensor and the number of rows received from each rank (int32).
+    Collective over the process set; does not block, except that with CUDA tensors the host waits
+    for all ranks' splits. ``synchronize(handle)`` returns a new tensor, or with ``splits`` that
+    tensor and the number of rows received from each rank (int32, on the CPU).
 
     Args:
-        tensor: CPU tensor of any dtype with at least one dimension. The first may differ between
-            ranks, the others are the same on all.
+        tensor: Of any dtype, on the CPU or a GPU, with at least one dimension. The first may
+            differ between ranks, the others are the same on all.
         splits: How many rows go to each rank, one-dimensional, adding up to all rows. Without it
             every rank gets as many, and the first dimension must be a multiple of their number.
+            On a GPU it is read, so that the host waits for it.
         name: Equal on all ranks; in use until the handle is synchronised.
         process_set: The ranks that take part.
 
     Raises:
         TypeError: Not a tensor, or of a dtype that is not known.
-        ValueError: The tensor is a scalar or not on the CPU, ``splits`` does not add up, or
-            ``name`` is in use.
+        ValueError: The tensor is a scalar or on no device that can be used, ``splits`` does not
+            add up, or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
     return _start(tensor, splits, name, process_set)
@@ -93,19 +95,29 @@ def _start(
             raise ValueError("alltoall: tensor must have at least one dimension, got a scalar")
         rows_for = _check_splits(tensor, splits, process_set.size())
         inputs = [tensor.detach().contiguous()]
+        output: torch.Tensor | None = None
+        received: list[int] = []
+        options: dict[str, Any] = {"splits": rows_for}
+        if choose_path("alltoall", inputs, process_set) is not None:
+            table = gather_numbers(rows_for, f"{name or 'alltoall'}, splits", process_set)
+            received = [rows[process_set.rank()] for rows in table]
+            output = inputs[0].new_empty((sum(received), *tensor.shape[1:]))
+            options = {"rows": [count for rows in table for count in rows]}
         request = submit_named(
             "alltoall",
             Collective.alltoall,
             inputs,
-            [None],
+            [output],
             name=name,
             process_set=process_set,
-            splits=rows_for,
+            **options,
         )
 
-    def finish(request: _core.Handle) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        ((memory, shape, rows_from),) = request.gathered()
-        result = to_tensor(memory, shape, inputs[0].dtype)
+    def finish(request: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        result, rows_from = output, received
+        if result is None:
+            ((memory, shape, rows_from),) = request.gathered()
+            result = to_tensor(memory, shape, inputs[0].dtype)
         if splits is None and not always_received:
             return result
         return result, torch.tensor(rows_from, dtype=torch.int32, device="cpu")

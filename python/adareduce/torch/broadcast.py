@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from adareduce import _core
 from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
 from adareduce.torch.allreduce import sum_gradients
+from adareduce.torch.dispatch import submit_named
 from adareduce.torch.handles import (
     Handle,
     check_tensors,
     mark_written,
-    submit_named,
     synchronize,
 )
 
@@ -32,15 +31,15 @@ def broadcast_async_(
     ``synchronize(handle)``, which returns it.
 
     Args:
-        tensor: Contiguous CPU tensor of any dtype and shape, the same on all ranks.
+        tensor: Dense tensor of any dtype and shape, the same on all ranks, on the CPU or a GPU.
         root_rank: Global rank (also in a smaller process set) whose values count.
         name: Equal on all ranks; in use until the handle is synchronised.
         process_set: The ranks that take part.
 
     Raises:
         TypeError: Not a tensor, or of a dtype that is not known.
-        ValueError: ``root_rank`` is not in the set, the tensor is not on the CPU or not dense,
-            or ``name`` is in use.
+        ValueError: ``root_rank`` is not in the set, the tensor is not dense or on no device that
+            can be used, or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
     return start_broadcast([tensor], root_rank, name, process_set, in_place=True, is_grouped=False)
@@ -129,7 +128,7 @@ def start_broadcast(
             root=process_set.ranks.index(root_rank),
         )
 
-    def finish(_: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
+    def finish(_: Any) -> torch.Tensor | list[torch.Tensor]:
         if in_place:
             mark_written(outputs)
         return outputs if is_grouped else outputs[0]

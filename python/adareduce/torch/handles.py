@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from adareduce import _core
 from adareduce.ops import Collective, ReduceOp
-from adareduce.runtime import ProcessSet, current_job
+from adareduce.runtime import HorovodInternalError, ProcessSet, current_job
+from adareduce.torch import streams
 
 _WAIT_SECONDS = 0.2  # between two looks for Ctrl-C; the wait itself costs nothing
 
@@ -33,17 +34,34 @@ _in_flight_lock = threading.Lock()
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class Request(Protocol):
+    """What was submitted: the engine's handle of a CPU call, or a launching.Launch."""
+
+    def is_finished(self) -> bool:
+        """Whether it has ended, well or not."""
+        ...
+
+    def wait_for(self, seconds: float) -> bool:
+        """Waits until it has, or orders the caller's stream after it; False: not yet."""
+        ...
+
+    def rethrow(self) -> None:
+        """Raises its error, if it has one."""
+        ...
+
+
 class Handle:
     """A call that has been submitted. Its tensors stay alive until it ends, also if this goes."""
 
     def __init__(
         self,
-        request: _core.Handle,
-        finish: Callable[[_core.Handle], Any],
+        request: Request,
+        finish: Callable[[Any], Any],
         name: str | None,
         names_in_use: set[str],
     ) -> None:
-        self._request: _core.Handle | None = request
+        self._request: Request | None = request
+        self._launch: Request | None = None  # of a GPU; orders every stream that synchronises
         self._finish = finish
         self._name = name
         self._names_in_use = names_in_use
@@ -58,21 +76,29 @@ class Handle:
 
     def synchronize(self) -> Any:
         """See ``synchronize``."""
-        request = self._request
-        while request is not None and not request.wait_for(_WAIT_SECONDS):
-            pass
+        request = self._request or self._launch
+        failure: HorovodInternalError | None = None
+        try:
+            while request is not None and not request.wait_for(_WAIT_SECONDS):
+                pass
+        except HorovodInternalError as error:
+            failure = error
         with self._lock:
             if self._request is not None:
                 try:
+                    if failure is not None:
+                        raise failure
                     self._request.rethrow()
                     self._result = self._finish(self._request)
                 except Exception as error:
                     self._error = error
+                if not isinstance(self._request, _core.Handle):
+                    self._launch = self._request
                 self._request = None
                 self._release_name()
                 _forget_finished()
-        if self._error is not None:
-            raise self._error
+        if self._error is not None or failure is not None:
+            raise self._error or failure  # type: ignore[misc]
         return self._result
 
     def _release_name(self) -> None:
@@ -85,14 +111,21 @@ class Handle:
 
 
 def poll(handle: Handle) -> bool:
-    """Whether a call has ended, well or not. Does not block, is not collective."""
+    """Whether a call has ended, well or not. Does not block, is not collective.
+
+    Of CUDA tensors: whether the GPU is done. What a graph captures is: it runs with the graph.
+    """
     return handle.poll()
 
 
 def synchronize(handle: Handle) -> Any:
     """Waits for a call and returns its result. Blocks; Ctrl-C works.
 
+    Of CUDA tensors it does not block: what comes on the caller's current stream from now on comes
+    after the call. See docs/gpu.md.
+
     Raises:
+        ValueError: A graph's capture has begun or ended since the call was made.
         HorovodInternalError: The call failed: the ranks disagree, or one is lost.
     """
     return handle.synchronize()
@@ -113,7 +146,7 @@ def submit(
     groups: Sequence[int] | None = None,
     local_squares: Sequence[float] = (),
 ) -> _core.Handle:
-    """Hands dense CPU tensors to the engine and keeps them alive until it has finished.
+    """Hands dense CPU tensors to the engine's worker and keeps them alive until it has finished.
 
     ``groups``, one number per tensor, asks for statistics.
     """
@@ -128,17 +161,7 @@ def submit(
         root=root,
         prescale=prescale_factor,
         postscale=postscale_factor,
-        tensors=[
-            (
-                tuple(i.shape),
-                dtype_code(i.dtype),
-                i.data_ptr(),
-                0 if o is None else o.data_ptr(),
-                () if i.is_contiguous() else dense_strides(i) or (),
-                group,
-            )
-            for i, o, group in zip(inputs, outputs, groups or [0] * len(inputs), strict=True)
-        ],
+        tensors=describe_tensors(inputs, outputs, groups),
         splits=splits,
         has_statistics=groups is not None,
         local_squares=local_squares,
@@ -147,6 +170,25 @@ def submit(
         _in_flight.append((request, (*inputs, *outputs)))
     _forget_finished()
     return request
+
+
+def describe_tensors(
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor | None],
+    groups: Sequence[int] | None,
+) -> list[tuple[Sequence[int], int, int, int, Sequence[int], int]]:
+    """Tensors as the engine takes them: shape, dtype, addresses, strides, group of statistics."""
+    return [
+        (
+            tuple(i.shape),
+            dtype_code(i.dtype),
+            i.data_ptr(),
+            0 if o is None else o.data_ptr(),
+            () if i.is_contiguous() else dense_strides(i) or (),
+            group,
+        )
+        for i, o, group in zip(inputs, outputs, groups or [0] * len(inputs), strict=True)
+    ]
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -178,26 +220,6 @@ def _forget_finished() -> None:
         _in_flight[:] = [entry for entry in _in_flight if not entry[0].is_finished()]
 
 
-def submit_named(
-    function: str,
-    collective: Collective,
-    inputs: Sequence[torch.Tensor],
-    outputs: Sequence[torch.Tensor | None],
-    *,
-    name: str | None,
-    process_set: ProcessSet,
-    **options: Any,
-) -> _core.Handle:
-    """``submit`` that holds the name, and gives it back where the call is refused."""
-    take_name(function, name, process_set)
-    try:
-        return submit(collective, inputs, outputs, name=name, process_set=process_set, **options)
-    except Exception:
-        if name is not None:
-            process_set.names_in_use.discard(name)
-        raise
-
-
 def take_name(function: str, name: str | None, process_set: ProcessSet) -> None:
     """Reserves a name, if there is one, until its handle is synchronised.
 
@@ -213,12 +235,19 @@ def take_name(function: str, name: str | None, process_set: ProcessSet) -> None:
     process_set.names_in_use.add(name)
 
 
-def check_tensors(function: str, tensors: Sequence[torch.Tensor], *, in_place: bool) -> None:
+def check_tensors(
+    function: str,
+    tensors: Sequence[torch.Tensor],
+    *,
+    in_place: bool,
+    one_device: bool = True,
+) -> None:
     """Refuses what the engine cannot take.
 
     Raises:
         TypeError: Something is not a tensor, or its dtype is not known.
-        ValueError: A tensor is sparse, not on the CPU, or not contiguous where that is needed.
+        ValueError: A tensor is sparse, on another device than the others or on one that is neither
+            the CPU nor a GPU, or not contiguous where that is needed.
     """
     count = len(tensors)
     for index, tensor in enumerate(tensors):
@@ -229,8 +258,17 @@ def check_tensors(function: str, tensors: Sequence[torch.Tensor], *, in_place: b
             )
         if tensor.layout != torch.strided:
             raise ValueError(f"{function}: {which} must be dense, got layout {tensor.layout}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{function}: {which} must be on the cpu, got device {tensor.device}")
+        device = streams.device_of(tensor)
+        if device is None and tensor.device.type != "cpu":
+            raise ValueError(
+                f"{function}: {which} must be on the cpu or a CUDA device, got device"
+                f" {tensor.device}"
+            )
+        if one_device and index > 0 and device != streams.device_of(tensors[0]):
+            raise ValueError(
+                f"{function}: all tensors must be on one device, got {tensors[0].device} for tensor"
+                f" 0 and {tensor.device} for {which}"
+            )
         if tensor.dtype not in _DTYPE_CODES:
             raise TypeError(
                 f"{function}: {which} must have one of the dtypes"

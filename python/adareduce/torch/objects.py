@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
+from adareduce.torch import streams
 from adareduce.torch.allgather import grouped_allgather_async
 from adareduce.torch.broadcast import broadcast_, start_broadcast
 from adareduce.torch.handles import check_tensors, synchronize
@@ -23,7 +24,8 @@ def broadcast_parameters(
 
     Args:
         params: ``model.state_dict()`` or ``model.named_parameters()``: the same names, shapes and
-            dtypes in the same order on all ranks. Any strides, any dtype; one request.
+            dtypes in the same order on all ranks. Any strides, any dtype; one request for those on
+            the CPU and one for those on a GPU.
         root_rank: Global rank whose values count.
         process_set: The ranks that take part.
 
@@ -41,16 +43,31 @@ def broadcast_parameters(
                     f" an entry {entry!r:.80}"
                 )
         tensors = [tensor for _, tensor in named]
-        check_tensors("broadcast_parameters", tensors, in_place=False)
+        check_tensors("broadcast_parameters", tensors, in_place=False, one_device=False)
 
     # Engine and tensors agree on contiguous memory; other layouts take a detour.
     dense = [tensor.detach().contiguous() for tensor in tensors]
-    synchronize(
-        start_broadcast(dense, root_rank, None, process_set, in_place=True, is_grouped=True)
-    )
+    broadcast_by_device(dense, root_rank, process_set)
     for target, values in zip(tensors, dense, strict=True):
         if not target.is_contiguous():
             target.detach().copy_(values)
+
+
+def broadcast_by_device(
+    tensors: Sequence[torch.Tensor], root_rank: int, process_set: ProcessSet
+) -> None:
+    """Contiguous tensors in place: a request for those on the CPU, then one for each GPU.
+
+    Collective; blocks. No tensors are a request, too.
+    """
+    by_device: dict[int | None, list[torch.Tensor]] = {None: []}
+    for tensor in tensors:
+        by_device.setdefault(streams.device_of(tensor), []).append(tensor)
+    for device, group in by_device.items():
+        if group or device is None:
+            synchronize(
+                start_broadcast(group, root_rank, None, process_set, in_place=True, is_grouped=True)
+            )
 
 
 def broadcast_object(

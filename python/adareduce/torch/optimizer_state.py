@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
-from adareduce.torch.broadcast import start_broadcast
-from adareduce.torch.handles import check_tensors, synchronize
-from adareduce.torch.objects import broadcast_object
+from adareduce.torch.handles import check_tensors
+from adareduce.torch.objects import broadcast_by_device, broadcast_object
 
 
 class _Place(NamedTuple):
@@ -59,10 +58,8 @@ def broadcast_optimizer_state(
                 "broadcast_optimizer_state: optimizer must have parameter groups of the root's"
                 f" sizes {theirs}, got {mine}"
             )
-        check_tensors("broadcast_optimizer_state", tensors, in_place=False)
-    synchronize(
-        start_broadcast(tensors, root_rank, None, process_set, in_place=True, is_grouped=True)
-    )
+        check_tensors("broadcast_optimizer_state", tensors, in_place=False, one_device=False)
+    broadcast_by_device(tensors, root_rank, process_set)
     if not is_root:
         state = _replace(skeleton, _Place, lambda place: tensors[place.number])
         optimizer.load_state_dict(state)

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 
-from adareduce import _core
 from adareduce.ops import Collective, ReduceOp
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.allgather import grouped_allgather
 from adareduce.torch.allreduce import choose_op, compress_all
 from adareduce.torch.compression import Compression, Compressor
+from adareduce.torch.dispatch import submit_named
 from adareduce.torch.handles import (
     Handle,
     check_op,
     check_scales,
     check_tensors,
-    submit_named,
     synchronize,
 )
 
@@ -38,7 +37,8 @@ def grouped_reducescatter_async(
     cannot be.
 
     Args:
-        tensors: CPU tensors with at least one dimension, of the same shapes on all ranks.
+        tensors: With at least one dimension, of the same shapes on all ranks, all on the CPU or on
+            one GPU.
         name: Equal on all ranks; in use until the handle is synchronised.
         op: Average, Sum, Min, Max or Product, as for ``grouped_allreduce_async_``.
         process_set: The ranks that take part.
@@ -47,7 +47,8 @@ def grouped_reducescatter_async(
 
     Raises:
         TypeError: ``op`` means nothing for a tensor's dtype.
-        ValueError: ``op`` is Adasum, a tensor is a scalar or not on the CPU, or ``name`` is in use.
+        ValueError: ``op`` is Adasum, a tensor is a scalar or on another device than the others, or
+            ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
     return _start("grouped_reducescatter", list(tensors), name, op, process_set, prescale_factor,
@@ -201,7 +202,7 @@ def _start(
             postscale_factor=float(postscale_factor),
         )
 
-    def finish(_: _core.Handle) -> torch.Tensor | list[torch.Tensor]:
+    def finish(_: Any) -> torch.Tensor | list[torch.Tensor]:
         return outputs if function == "grouped_reducescatter" else outputs[0]
 
     return Handle(request, finish, name, process_set.names_in_use)

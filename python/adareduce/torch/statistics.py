@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from adareduce import _core
-from adareduce.ops import ReduceOp
+from adareduce.ops import CudaPath, ReduceOp
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
+from adareduce.torch import streams
 from adareduce.torch.allreduce import start_allreduce
+from adareduce.torch.dispatch import choose_path
 from adareduce.torch.handles import FLOAT_DTYPES, Handle, check_tensors, dtype_code, synchronize
+from adareduce.torch.launching import DeviceStats
 
 
 class ReductionStats(NamedTuple):
     """What a reduction of L tensors in K groups found out; the same bits on all ranks.
+
+    On the device of the tensors: on a GPU nothing is read by the host, and ``synchronize`` orders
+    streams for these as for the tensors.
 
     Attributes:
         groups: float64 (K, 4), for Average and Sum: sum over the ranks of |g_i|^2, |mean|^2, and
@@ -23,11 +29,14 @@ class ReductionStats(NamedTuple):
         orthogonality: float64 (L,), for Adasum: |Adasum|^2 / sum |g_i|^2, between 0 and 1. None
             for the others.
         nonfinite: int64 (L,): how many elements of each result are infinite or not a number.
+        cancellation: float64 (L,), for Adasum between GPUs on the peer path: how much its terms
+            cancel, the largest sum |c_i c_j G_ij| / c'Gc in the tree. None elsewhere.
     """
 
     groups: torch.Tensor | None
     orthogonality: torch.Tensor | None
     nonfinite: torch.Tensor
+    cancellation: torch.Tensor | None = None
 
 
 def grouped_allreduce_with_stats_async_(
@@ -47,7 +56,7 @@ def grouped_allreduce_with_stats_async_(
     ``postscale_factor``; squares are added in float64 and the mean is taken before it is rounded.
 
     Args:
-        tensors: float16, bfloat16, float32 or float64 CPU tensors, as there.
+        tensors: float16, bfloat16, float32 or float64 tensors, as there.
         groups: For each tensor the number of its group, in [0, len(tensors)), equal on all ranks;
             one group by default.
         name: Equal on all ranks; in use until the handle is synchronised.
@@ -55,9 +64,9 @@ def grouped_allreduce_with_stats_async_(
         prescale_factor: Multiplies every element before the reduction.
         postscale_factor: Multiplies every element of the result.
         process_set: The ranks that take part.
-        local_squares: float64 (K,), on all ranks or none: this rank's share of the first column,
-            where that is not its tensors' squares but a sum over several backward passes. The
-            estimates are NaN then. Not for Adasum.
+        local_squares: float64 (K,) on the tensors' device, on all ranks or none: this rank's share
+            of the first column, where that is not its tensors' squares but a sum over several
+            backward passes. The estimates are NaN then. Not for Adasum.
 
     Raises:
         TypeError: A tensor is not of a float type.
@@ -151,6 +160,8 @@ def local_adasum(
     for number, row in enumerate(rows):
         check_tensors("local_adasum", row, in_place=False)
         _check_floats("local_adasum", row)
+        if row and streams.device_of(row[0]) is not None:
+            raise ValueError(f"local_adasum: tensors must be on the cpu, got {row[0].device}")
         shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in row]
         expected = [(tuple(tensor.shape), tensor.dtype) for tensor in rows[0]]
         if shapes != expected:
@@ -197,13 +208,25 @@ def _start(
             )
         if op not in (None, ReduceOp.Average, ReduceOp.Sum, ReduceOp.Adasum):
             raise ValueError(f"{function}: op must be Average, Sum or Adasum, got {op!r}")
-        given = _check_squares(function, local_squares, numbers, op)
+        _check_squares(function, tensors, local_squares, numbers, op)
+        is_adasum = op == ReduceOp.Adasum
+        chosen = choose_path(function, tensors, process_set)
+        options: dict[str, Any] = {"groups": numbers}
+        if chosen is None:
+            options["local_squares"] = [] if local_squares is None else local_squares.tolist()
+        else:
+            num_groups = 0 if is_adasum else max(numbers) + 1
+            on_gpu = _make_room(tensors, num_groups, has_cancellation=chosen.path == CudaPath.peer)
+            options |= {"statistics": on_gpu, "local_squares": local_squares}
 
     def finish(
-        request: _core.Handle, results: list[torch.Tensor]
+        request: Any, results: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], ReductionStats]:
+        if chosen is not None:
+            return results, ReductionStats(
+                on_gpu.groups, on_gpu.orthogonality, on_gpu.nonfinite, on_gpu.cancellation
+            )
         rows, orthogonality, nonfinite = request.statistics()
-        is_adasum = op == ReduceOp.Adasum
         return results, ReductionStats(
             None
             if is_adasum
@@ -214,8 +237,24 @@ def _start(
 
     return start_allreduce(function, tensors, outputs, None, name, op, prescale_factor,
                            postscale_factor, process_set, in_place=outputs is not None,
-                           groups=numbers, local_squares=given,
-                           finish=finish)  # fmt: skip
+                           finish=finish, **options)  # fmt: skip
+
+
+def _make_room(
+    tensors: list[torch.Tensor], num_groups: int, *, has_cancellation: bool
+) -> DeviceStats:
+    """Memory for statistics beside the tensors; no groups: for those of Adasum."""
+
+    def room(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        return tensors[0].new_empty(shape, dtype=dtype)
+
+    count, is_adasum = len(tensors), num_groups == 0
+    return DeviceStats(
+        groups=None if is_adasum else room(num_groups, 4),
+        orthogonality=room(count) if is_adasum else None,
+        cancellation=room(count) if is_adasum and has_cancellation else None,
+        nonfinite=room(count, dtype=torch.int64),
+    )
 
 
 def _check_floats(function: str, tensors: Sequence[torch.Tensor]) -> None:
@@ -228,15 +267,22 @@ def _check_floats(function: str, tensors: Sequence[torch.Tensor]) -> None:
 
 
 def _check_squares(
-    function: str, squares: torch.Tensor | None, groups: list[int], op: ReduceOp | None
-) -> list[float]:
+    function: str,
+    tensors: list[torch.Tensor],
+    squares: torch.Tensor | None,
+    groups: list[int],
+    op: ReduceOp | None,
+) -> None:
     if squares is None:
-        return []
+        return
     expected = (max(groups, default=-1) + 1,)
     if op == ReduceOp.Adasum or squares.dtype != torch.float64 or squares.shape != expected:
         raise ValueError(
             f"{function}: local_squares must be float64 of shape {expected}, one entry per group,"
             f" for Average or Sum, got {squares.dtype} of shape {tuple(squares.shape)} for {op!r}"
         )
-    values: list[float] = squares.tolist()
-    return values
+    if tensors and streams.device_of(squares) != streams.device_of(tensors[0]):
+        raise ValueError(
+            f"{function}: local_squares must be on the tensors' device {tensors[0].device}, got"
+            f" {squares.device}"
+        )

@@ -1,0 +1,103 @@
+"""What is asked of torch.cuda, and nothing else asks it. Tests without a GPU replace these."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+def device_of(tensor: torch.Tensor) -> int | None:
+    """CUDA's index of the GPU that holds the tensor; None where none does."""
+    return tensor.device.index if tensor.is_cuda else None
+
+
+def current_device() -> int:
+    """The GPU that torch allocates on, on this thread."""
+    return torch.cuda.current_device()
+
+
+def uuid_of(device: int) -> str:
+    """What tells a GPU from all others."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def current(device: int) -> int:
+    """``cudaStream_t`` of this thread's current stream."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def is_capturing() -> bool:
+    """Whether this thread's current stream is being captured into a graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def record(tensor: torch.Tensor, stream: int, device: int) -> None:
+    """Keeps the tensor's memory from being used again before ``stream`` is done with it."""
+    tensor.record_stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
+
+
+def empty_pinned(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Host memory that a GPU copies from and to by itself; torch keeps it while it does."""
+    return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=True)
+
+
+class Mark(Protocol):
+    """A point on a stream."""
+
+    def is_passed(self) -> bool:
+        """Whether all work before it is done."""
+        ...
+
+    def wait(self) -> None:
+        """Blocks until it is."""
+        ...
+
+    def order(self) -> None:
+        """What comes on the current stream from now on comes after it."""
+        ...
+
+    def stream(self) -> int:
+        """``cudaStream_t`` that it lies on."""
+        ...
+
+
+class CopyStream:
+    """A stream of its own for copies between the host and one GPU."""
+
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def follow_current(self) -> None:
+        """Copies from now on come after what is on the current stream."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Enqueues a copy; the memory on the GPU must outlive it."""
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Mark:
+        """The point behind the last copy."""
+        return _EventMark(self._stream, self._device)
+
+
+class _EventMark:
+    def __init__(self, stream: torch.cuda.Stream, device: int) -> None:
+        self._device = device
+        self._stream = stream
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def is_passed(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def order(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def stream(self) -> int:
+        return int(self._stream.cuda_stream)
