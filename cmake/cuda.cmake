@@ -10,7 +10,7 @@ option(ADAREDUCE_CUDA_RESOURCES "Let ptxas print what kernels use (benchmarks/ke
 
 set(ADAREDUCE_HAVE_CUDA OFF)
 set(ADAREDUCE_CUDA_VERSION "")
-set(kernel_sources placeholder.cu)
+set(kernel_sources)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources
   csrc/engine/cuda/device_group.cpp)

@@ -83,6 +83,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             *("-S", ROOT, "-B", folder, "-G", "Ninja"),
             "-DADAREDUCE_PYTHON=OFF",
             "-DADAREDUCE_CPP_TESTS=ON",
+            "-DADAREDUCE_CUDA=OFF",
             f"-DADAREDUCE_SANITIZE={sanitizer}",
         ],
         BUILD_LIMIT,
