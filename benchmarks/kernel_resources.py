@@ -169,7 +169,15 @@ def compile_all(nvcc: str, files: Sequence[Path], architectures: Sequence[str]) 
     texts = []
     with tempfile.TemporaryDirectory() as folder:
         for file in files:
-            command = [nvcc, "-std=c++20", "-O3", "-Xptxas=-v", "-I", str(ROOT / "csrc")]
+            command = [
+                nvcc,
+                "-std=c++20",
+                "-O3",
+                "-fmad=false",
+                "-Xptxas=-v",
+                "-I",
+                str(ROOT / "csrc"),
+            ]
             for name in architectures:
                 command.append(f"-gencode=arch=compute_{name},code=sm_{name}")
             command += ["-c", str(file), "-o", f"{folder}/object"]

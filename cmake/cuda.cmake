@@ -64,6 +64,8 @@ if(ADAREDUCE_CUDA STREQUAL "EMULATED")
 else()
   # Host files that include cuda_runtime.h find it, and nothing of CUDA is linked at run time.
   target_link_libraries(adareduce_cuda PUBLIC CUDA::cudart_static)
+  # As -ffp-contract=off for the CPU: where operations are fused, the source says so.
+  target_compile_options(adareduce_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false>)
   if(ADAREDUCE_CUDA_RESOURCES)
     target_compile_options(adareduce_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
   endif()
