@@ -46,8 +46,8 @@ class Machine:
     def streams(self, count: int) -> tuple[list[int], Any]:
         """Streams of their own, and what keeps them alive. They come after all work so far."""
         self.testing.synchronize()
-        if self.is_emulated:  # one after the other: a stream is a thread, 0 is the first
-            return [0] * count, None
+        if self.is_emulated:
+            return [self.testing.make_stream() for _ in range(count)], None
         made = [torch.cuda.Stream() for _ in range(count)]
         return [stream.cuda_stream for stream in made], made
 
@@ -73,6 +73,21 @@ CODES = {
     torch.float16: 5, torch.bfloat16: 6, torch.float32: 7, torch.float64: 8, torch.bool: 9,
 }  # fmt: skip
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+DOUBLE = 2.0**-53  # one rounding in float64
+
+
+def random(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Between -0.75 and 1.25, so that sums do not vanish."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(numel, generator=generator, dtype=torch.float64) * 2 - 0.75).to(dtype)
+
+
+def clipped(segment: tuple[int, int], begin: int, end: int) -> slice:
+    """The elements of a segment inside [begin, end)."""
+    offset, numel = segment
+    low = min(max(begin, offset), offset + numel)
+    return slice(low, max(low, min(end, offset + numel)))
 
 
 def unit_of(dtype: torch.dtype) -> float:
