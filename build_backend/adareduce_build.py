@@ -1,4 +1,4 @@
-"""PEP 517 backend: scikit-build-core, told which MPI to build for."""
+"""PEP 517 backend: scikit-build-core, told which MPI to build for, and whether with CUDA."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from scikit_build_core.build import (
     prepare_metadata_for_build_wheel,
 )
 
+import choose_cuda
 from choose_mpi import ChoiceError, MpiChoice, choose, isolated_prefixes
 
 __all__ = [
@@ -36,6 +37,15 @@ def _choice() -> MpiChoice:
         return choose(os.environ, Path(sys.prefix), isolated_prefixes())
     except ChoiceError as error:
         raise SystemExit(f"adareduce: {error}") from None
+
+
+def _with_cuda(settings: Settings) -> dict[str, Any]:
+    try:
+        choice = choose_cuda.choose(os.environ)
+    except ChoiceError as error:
+        raise SystemExit(f"adareduce: {error}") from None
+    print(f"adareduce: CUDA: {choice}", flush=True)
+    return {"cmake.define.ADAREDUCE_CUDA": choice} | (settings or {})
 
 
 def _with_mpi(settings: Settings) -> dict[str, Any]:
@@ -76,7 +86,8 @@ def build_wheel(
     config_settings: Settings = None,
     metadata_directory: str | None = None,
 ) -> str:
-    return skbuild.build_wheel(wheel_directory, _with_mpi(config_settings), metadata_directory)
+    settings = _with_mpi(_with_cuda(config_settings))
+    return skbuild.build_wheel(wheel_directory, settings, metadata_directory)
 
 
 def build_editable(
@@ -84,4 +95,5 @@ def build_editable(
     config_settings: Settings = None,
     metadata_directory: str | None = None,
 ) -> str:
-    return skbuild.build_editable(wheel_directory, _with_mpi(config_settings), metadata_directory)
+    settings = _with_mpi(_with_cuda(config_settings))
+    return skbuild.build_editable(wheel_directory, settings, metadata_directory)

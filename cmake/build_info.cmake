@@ -19,10 +19,14 @@ if(Git_FOUND AND EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/.git")
   endif()
 endif()
 
+# A list would be cut by the loop below.
+string(REPLACE ";" " " cuda_architectures "${CMAKE_CUDA_ARCHITECTURES}")
 set(lines "\"\"\"What this build was made of. Written by CMake.\"\"\"\n\nBUILD = {\n")
 foreach(pair IN ITEMS
     "compiler=${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
-    "build_type=${CMAKE_BUILD_TYPE}" "commit=${commit}" "mpi_reason=${ADAREDUCE_MPI_REASON}")
+    "build_type=${CMAKE_BUILD_TYPE}" "commit=${commit}" "mpi_reason=${ADAREDUCE_MPI_REASON}"
+    "cuda=${ADAREDUCE_CUDA_VERSION}" "cuda_reason=${ADAREDUCE_CUDA_REASON}"
+    "cuda_architectures=${cuda_architectures}")
   string(REGEX MATCH "^([^=]*)=(.*)$" matched "${pair}")
   set(key "${CMAKE_MATCH_1}")
   python_string(text "${CMAKE_MATCH_2}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import adareduce
+import choose_cuda
 from choose_mpi import ChoiceError, choose, isolated_prefixes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +115,23 @@ def test_an_mpicc_without_its_library_is_no_mpi_of_the_environment(tmp_path):
     assert choose({"PATH": str(mpicc.parent)}, tmp_path).place == "outside"
 
 
+@pytest.mark.parametrize(
+    ("word", "choice"),
+    [("", "AUTO"), (" Auto", "AUTO"), ("on", "ON"), ("1", "ON"), ("off", "OFF"), ("none", "OFF")],
+)
+def test_the_setting_of_cuda_is_cmakes(word, choice):
+    assert choose_cuda.choose({"ADAREDUCE_CUDA": word}) == choice
+
+
+def test_cuda_is_built_where_there_is_an_nvcc_unless_somebody_says_otherwise():
+    assert choose_cuda.choose({}) == "AUTO"
+
+
+def test_an_unknown_setting_of_cuda_is_refused():
+    with pytest.raises(ChoiceError, match=r"ADAREDUCE_CUDA must be .* got '90'"):
+        choose_cuda.choose({"ADAREDUCE_CUDA": "90"})
+
+
 def test_pips_build_environments_are_known_by_sys_path(monkeypatch, tmp_path):
     own = sysconfig.get_path("purelib")
     overlay = tmp_path / "any-name" / "lib" / "python3" / "site-packages"
@@ -143,10 +161,11 @@ def test_version_is_the_one_of_pyproject():
 
 
 def test_every_source_file_is_named_in_cmakelists():
-    listed = set(re.findall(r"[\w/]+\.cpp", (ROOT / "CMakeLists.txt").read_text()))
+    files = [ROOT / "CMakeLists.txt", ROOT / "cmake" / "cuda.cmake"]
+    listed = {name for file in files for name in re.findall(r"[\w/]+\.cpp", file.read_text())}
     found = {file.relative_to(ROOT).as_posix() for file in (ROOT / "csrc").rglob("*.cpp")}
-    # A layer's files are listed without their folder.
-    missing = {name for name in found if name not in listed and Path(name).name not in listed}
+    # A layer's files are listed without the layer's folder.
+    missing = {name for name in found if not listed & {name, name.split("/", 2)[2]}}
     assert not missing
 
 
@@ -211,6 +230,13 @@ def dynamic_section(name: str) -> dict[str, list[str]]:
 
 def test_core_links_neither_mpi_nor_cuda_nor_torch():
     needed = dynamic_section("_core")["needed"]
+    assert any(name.startswith("libstdc++") for name in needed), "the reader finds what is there"
+    assert not [name for name in needed if re.match(r"lib(p?mpi|cu|nccl|torch|c10)", name)]
+
+
+def test_cuda_module_needs_no_library_of_cuda_or_torch():
+    # Its runtime is linked statically, and NCCL is looked for when it is wanted.
+    needed = dynamic_section("_cuda")["needed"]
     assert any(name.startswith("libstdc++") for name in needed), "the reader finds what is there"
     assert not [name for name in needed if re.match(r"lib(p?mpi|cu|nccl|torch|c10)", name)]
 

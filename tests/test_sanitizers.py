@@ -33,6 +33,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         [ROOT / "CMakeLists.txt", ROOT / "csrc", ROOT / "tests/cpp"],
         "-DADAREDUCE_PYTHON=OFF",
         "-DADAREDUCE_CPP_TESTS=ON",
+        "-DADAREDUCE_CUDA=OFF",
         f"-DADAREDUCE_SANITIZE={sanitizer}",
     )
 

@@ -49,7 +49,8 @@ class Copy:
         run(
             [
                 "cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja",
-                "-DADAREDUCE_MPI=OFF", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O1 -g0",
+                "-DADAREDUCE_MPI=OFF", "-DADAREDUCE_CUDA=OFF", "-DCMAKE_BUILD_TYPE=Debug",
+                "-DCMAKE_CXX_FLAGS=-O1 -g0",
                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}",
                 "-DSKBUILD_PROJECT_VERSION=0", f"-DCMAKE_INSTALL_PREFIX={self.packages}",
             ],

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 import adareduce.torch as hvd
-from adareduce.bench import machine, plot
+from adareduce.bench import gpu, machine, plot
 from adareduce.bench.arguments import Settings, parse
 from adareduce.bench.cases import Allreduce, Case, make_case
 from adareduce.bench.inputs import poisoned_allocations
@@ -27,7 +27,7 @@ from adareduce.bench.report import (
     row_dtype,
     to_json,
 )
-from adareduce.bench.timing import Contender, measure, ratio_of_medians, summarise
+from adareduce.bench.timing import Contender, HostClock, measure, ratio_of_medians, summarise
 from adareduce.bench.verification import count_wrong
 
 _PLAIN, _STATS = "plain", "stats"
@@ -59,12 +59,19 @@ def _run(settings: Settings, ranks: Ranks) -> int:
         ranks.print(f"python -m adareduce.bench: error: {problem}")
         return 2
     table = Table(settings)
-    ranks.print(table.header(ranks.gather(_placement(ranks.rank))))
-    origin = machine.describe() if ranks.rank == 0 else {}
-    peers = Peers(ranks) if settings.peers else None
+    of_device = {}
+    if settings.on_gpu:
+        gpu.select()
+        of_device = gpu.describe()
+    placement = ranks.gather(_placement(ranks.rank, settings))
+    ranks.print(table.header(placement, gpu.header(of_device) if of_device else ()))
+    origin = machine.describe() | of_device if ranks.rank == 0 else {}
+    peers = Peers(ranks, settings.device) if settings.peers else None
+    clock = gpu.DeviceClock() if settings.on_gpu else HostClock()
     rows = []
     for size in settings.sizes():
-        row = _measure_row(make_case(settings, size, ranks.rank, ranks.size), ranks, peers)
+        case = make_case(settings, size, ranks.rank, ranks.size)
+        row = _measure_row(case, ranks, peers, clock)
         rows.append(row)
         ranks.print(table.line(row))
         if settings.json and ranks.rank == 0:
@@ -98,7 +105,7 @@ def _problem(settings: Settings, ranks: Ranks) -> str | None:
     return None
 
 
-def _measure_row(case: Case, ranks: Ranks, peers: Peers | None) -> Row:
+def _measure_row(case: Case, ranks: Ranks, peers: Peers | None, clock: HostClock) -> Row:
     settings = case.settings
     buffers = [tensor.clone() for tensor in case.inputs]
     wrong = _check(case, ranks, buffers)
@@ -113,8 +120,11 @@ def _measure_row(case: Case, ranks: Ranks, peers: Peers | None) -> Row:
         contenders.append(Contender(_PLAIN, lambda: case.run_plain(buffers), restore))
         contenders.append(Contender(_STATS, lambda: case.run_with_stats(buffers), restore))
     able, missing = peers.contenders(case) if peers is not None else ([], {})
-    seconds = measure([*contenders, *able], ranks, settings.warmup_iters, settings.iters)
-    round_trip = ranks.core_round_trip_ns()
+    everybody = [*contenders, *able]
+    if settings.graph:
+        everybody = [gpu.captured(contender) for contender in everybody]
+    seconds = measure(everybody, ranks, settings.warmup_iters, settings.iters, clock)
+    round_trip = None if settings.on_gpu else ranks.core_round_trip_ns()
 
     ours = seconds[IN_PLACE if case.runs_in_place else OUT_OF_PLACE]
     others = {
@@ -179,11 +189,9 @@ def _count_wrong_with_stats(case: Allreduce, ranks: Ranks, buffers: list[torch.T
     return wrong + sum(int(n) for n in ranks.gather(case.count_wrong_statistics(stats)))
 
 
-def _placement(rank: int) -> str:
-    return (
-        f" Rank {rank:>2} Pid {os.getpid():>6} on {socket.gethostname():>10} device cpu"
-        f" [{machine.cpu_model()}]"
-    )
+def _placement(rank: int, settings: Settings) -> str:
+    device = gpu.placement() if settings.on_gpu else f"cpu [{machine.cpu_model()}]"
+    return f" Rank {rank:>2} Pid {os.getpid():>6} on {socket.gethostname():>10} device {device}"
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ class Settings:
     peers: bool
     json: str | None
     plot: str | None
+    device: str = "cpu"
+    graph: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether tensors lie on a GPU."""
+        return self.device == "cuda"
 
     @property
     def is_reduction(self) -> bool:
@@ -129,6 +136,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         peers=given.peers,
         json=given.json,
         plot=given.plot,
+        device=given.device,
+        graph=bool(given.cudagraph),
     )
 
 
@@ -166,7 +175,14 @@ def _make_parser() -> argparse.ArgumentParser:
         f" model, in one row (allreduce). {presets.HELP}",
     )
     add("--stats", action="store_true", help="also with AdaScale statistics, interleaved")
-    add("--peers", action="store_true", help="also gloo and MPI, interleaved")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors lie (cpu)")
+    add("-G", "--cudagraph", type=int, choices=(0, 1), default=0,
+        help="1: time a graph's replays, without Python (0)")  # fmt: skip
+    add(
+        "--peers",
+        action="store_true",
+        help="also gloo and MPI, on --device cuda NCCL, interleaved",
+    )
     add(
         "--percentiles",
         action="store_true",
@@ -231,6 +247,18 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace, maxbytes:
                 and given.op in ("sum", "avg", "adasum")
             ),
             "--stats must go with an allreduce of op sum, avg or adasum and a floating point type",
+        ),
+        (
+            given.device == "cpu" or collective != "barrier",
+            "--device must be cpu for barrier, which the host does",
+        ),
+        (
+            given.device == "cpu" or torch.cuda.is_available(),
+            "--device must be cpu: torch sees no GPU here",
+        ),
+        (
+            not given.cudagraph or given.device == "cuda",
+            f"--cudagraph must be 0 without --device cuda, got {given.cudagraph}",
         ),
         (
             not given.plot or collective != "barrier",

@@ -51,7 +51,8 @@ class Case(abc.ABC):
         self.numels = self._split(total // self.dtype.itemsize) if isinstance(total, int) else total
         self._source = Source(self.dtype, settings.op if self.redop != "none" else "none", size)
         self.inputs = [
-            self._source.tensor(rank, index, numel) for index, numel in enumerate(self.numels)
+            self._source.tensor(rank, index, numel).to(settings.device)
+            for index, numel in enumerate(self.numels)
         ]
 
     @staticmethod

@@ -72,7 +72,13 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """Of the checkout that runs, with "-dirty" if files were changed; None if it is none."""
+    """Of the checkout that runs, with "-dirty" if files were changed; None if it is none.
+
+    An installed copy does not know: ADAREDUCE_BENCH_COMMIT says it.
+    """
+    told = os.environ.get("ADAREDUCE_BENCH_COMMIT")
+    if told:
+        return told
     root = Path(adareduce.__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

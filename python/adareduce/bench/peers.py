@@ -1,4 +1,4 @@
-"""The same collectives by torch.distributed's gloo and by MPI itself, to compare with.
+"""The same collectives by torch.distributed's gloo and NCCL and by MPI itself, to compare with.
 
 Adasum, which they lack, is compared with their sum; an average is their sum, divided. They work on
 one contiguous tensor, also where ours is cut into layers: no packing, their best case.
@@ -47,17 +47,15 @@ class Peer(abc.ABC):
         """Leaves the group."""
 
 
-class Gloo(Peer):
-    """torch.distributed over gloo, with a store of its own."""
-
-    name = "gloo"
+class Distributed(Peer):
+    """torch.distributed over one of its backends, with a store of its own."""
 
     def __init__(self, ranks: Ranks) -> None:
-        if not dist.is_available() or not dist.is_gloo_available():
-            raise UnavailableError("this torch has no gloo")
+        if not dist.is_available() or not self.is_available():
+            raise UnavailableError(f"this torch has no {self.name}")
         is_one_host = len(set(ranks.hosts)) == 1
         if is_one_host:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            os.environ.setdefault(f"{self.name.upper()}_SOCKET_IFNAME", "lo")
         host = "localhost" if is_one_host else ranks.hosts[0]
         is_first = ranks.rank == 0
         store: Any = None
@@ -67,15 +65,20 @@ class Gloo(Peer):
         if not is_first:
             store = _tcp_store(host, port, is_first=False)
         dist.init_process_group(
-            "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_TIME_LIMIT
+            self.name, store=store, rank=ranks.rank, world_size=ranks.size, timeout=_TIME_LIMIT
         )
+
+    @staticmethod
+    @abc.abstractmethod
+    def is_available() -> bool:
+        """Whether torch was built with the backend."""
 
     def contender(self, case: Case) -> tuple[Contender, torch.Tensor]:
         """In place where ours is."""
         collective, size = case.settings.collective, case.size
         source = _whole(case)
         buffer = source.clone()
-        group_op = getattr(dist.ReduceOp, _GLOO_OPS.get(case.redop, "SUM"))
+        group_op = getattr(dist.ReduceOp, _GROUP_OPS.get(case.redop, "SUM"))
         # Renamed in newer releases of torch, which warn of the old names.
         gather_into = _function("all_gather_single", "all_gather_into_tensor")
         reduce_scatter_into = _function("reduce_scatter_single", "reduce_scatter_tensor")
@@ -93,7 +96,7 @@ class Gloo(Peer):
 
             return Contender(self.name, allreduce, restore), buffer
         if collective == "reducescatter":
-            part = torch.empty(source.numel() // size, dtype=source.dtype)
+            part = torch.empty(source.numel() // size, dtype=source.dtype, device=source.device)
 
             def reducescatter() -> None:
                 reduce_scatter_into(part, buffer, op=group_op)
@@ -102,7 +105,7 @@ class Gloo(Peer):
 
             return Contender(self.name, reducescatter, restore), part
         if collective == "allgather":
-            gathered = torch.empty(source.numel() * size, dtype=source.dtype)
+            gathered = torch.empty(source.numel() * size, dtype=source.dtype, device=source.device)
             return Contender(
                 self.name, lambda: gather_into(gathered, source), lambda: touch(source)
             ), gathered
@@ -117,6 +120,28 @@ class Gloo(Peer):
     def close(self) -> None:
         """Leaves the process group."""
         dist.destroy_process_group()
+
+
+class Gloo(Distributed):
+    """For tensors of the CPU."""
+
+    name = "gloo"
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether torch was built with it."""
+        return dist.is_gloo_available()
+
+
+class Nccl(Distributed):
+    """For tensors of GPUs, on torch's own communicator of torch's current GPU."""
+
+    name = "nccl"
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whether torch was built with it."""
+        return dist.is_nccl_available()
 
 
 class Mpi(Peer):
@@ -176,18 +201,21 @@ class Mpi(Peer):
         self._comm.Free()
 
 
-_GLOO_OPS = {"prod": "PRODUCT", "min": "MIN", "max": "MAX"}
+NAMES = {"cpu": (Gloo.name, Mpi.name), "cuda": (Nccl.name,)}
+_KINDS: dict[str, tuple[type[Peer], ...]] = {"cpu": (Gloo, Mpi), "cuda": (Nccl,)}
+_GROUP_OPS = {"prod": "PRODUCT", "min": "MIN", "max": "MAX"}
 
 
 class Peers:
     """The peers of a run, and why those are missing that are. Collective; close it."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, device: str) -> None:
         self._ranks = ranks
         self._connected: dict[str, Peer] = {}
         self.missing: dict[str, str] = {}
-        for kind in (Gloo, Mpi):
-            peer, reason = self._attempt(lambda kind=kind: kind(ranks))  # type: ignore[misc]
+        for kind in _KINDS[device]:
+            make: Any = kind
+            peer, reason = self._attempt(lambda make=make: make(ranks))  # type: ignore[misc]
             if peer is None:
                 self.missing[kind.name] = reason
             else:
@@ -250,7 +278,9 @@ def _tried(case: Case, contender: Contender, result: torch.Tensor) -> Contender:
 
 
 def _whole(case: Case) -> torch.Tensor:
-    return torch.cat(case.inputs) if case.inputs else torch.empty(0, dtype=case.dtype)
+    if not case.inputs:
+        return torch.empty(0, dtype=case.dtype, device=case.settings.device)
+    return torch.cat(case.inputs)
 
 
 def _divide(tensor: torch.Tensor, size: int) -> None:

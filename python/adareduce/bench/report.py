@@ -9,6 +9,7 @@ from typing import Any
 
 from adareduce.bench import machine
 from adareduce.bench.arguments import Settings, dtype_name
+from adareduce.bench.peers import NAMES
 from adareduce.bench.timing import Ratio, Summary
 
 OUT_OF_PLACE = "out-of-place"
@@ -69,10 +70,11 @@ class Table:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._peers = NAMES[settings.device] if settings.peers else ()
         self._extra = ["stats"] if settings.stats else []
-        self._extra += ["gloo", "mpi"] if settings.peers else []
+        self._extra += self._peers
 
-    def header(self, placement: Sequence[str]) -> str:
+    def header(self, placement: Sequence[str], of_device: Sequence[str] = ()) -> str:
         """Settings, where each rank runs (one line each), and the titles of the columns."""
         s = self._settings
         step = f"{s.stepfactor}(factor)" if s.stepfactor > 1 else f"{s.stepbytes}(bytes)"
@@ -85,6 +87,7 @@ class Table:
             *placement,
             "",
             machine.versions_line(),
+            *of_device,
             "time: median over the iterations; an iteration takes as long as on its slowest rank",
         ]
         if s.layers != 1:
@@ -93,13 +96,16 @@ class Table:
             lines.append("#wrong: every element of two calls, against float64 or exact integers")
         if s.stats:
             lines.append("stats: median with AdaScale statistics; ratio: stats / plain in place")
+        if s.graph:
+            lines.append("calls are captured once and replayed, those of peers too")
         if s.peers:
+            peers = ", ".join(self._peers)
             lines.append(
-                "gloo, mpi: medians, interleaved with ours iteration by iteration; ratio: peer /"
+                f"{peers}: medians, interleaved with ours iteration by iteration; ratio: peer /"
                 " ours (in place where there is that form)"
             )
             if s.is_reduction and s.op == "adasum":
-                lines.append("gloo, mpi: have no Adasum; this is their sum")
+                lines.append(f"{peers}: no Adasum there; this is the sum")
         if self._extra:
             lines.append("[low, high]: 95 % bootstrap interval of the ratio of medians")
         return "\n".join([f"# {line}".rstrip() for line in [*lines, ""]] + self._titles())

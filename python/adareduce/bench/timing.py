@@ -52,14 +52,34 @@ class Ratio(NamedTuple):
     high: float
 
 
+class HostClock:
+    """Times calls that are over when they return."""
+
+    def settle(self) -> None:
+        """Before the ranks meet at the start line."""
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Of one call; freeing its result is not measured."""
+        begin = time.perf_counter()
+        result = run()
+        elapsed = time.perf_counter() - begin
+        del result
+        return elapsed
+
+
 def measure(
-    contenders: Sequence[Contender], ranks: Ranks, warmup_iters: int, iters: int
+    contenders: Sequence[Contender],
+    ranks: Ranks,
+    warmup_iters: int,
+    iters: int,
+    clock: HostClock | None = None,
 ) -> dict[str, torch.Tensor]:
     """Seconds of every iteration of every contender, the slowest rank's. Collective, blocks.
 
     The contenders take turns, another one first in each round. Before each call the ranks meet in a
     barrier of MPI. Freeing a result is not measured.
     """
+    clock = clock or HostClock()
     seconds = torch.zeros(len(contenders), iters, dtype=torch.float64)
     was_enabled = gc.isenabled()
     gc.disable()
@@ -69,11 +89,9 @@ def measure(
                 index = (turn + iteration) % len(contenders)
                 contender = contenders[index]
                 contender.prepare()
+                clock.settle()
                 ranks.align()
-                begin = time.perf_counter()
-                result = contender.run()
-                elapsed = time.perf_counter() - begin
-                del result
+                elapsed = clock.seconds(contender.run)
                 if iteration >= 0:
                     seconds[index, iteration] = elapsed
     finally:

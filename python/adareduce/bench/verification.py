@@ -46,18 +46,20 @@ def count_wrong(
         is_wrong = differs(actual.reshape(-1), expected[index])
         is_wrong |= bits(actual) != bits(again)
         if reference is not None:
-            is_wrong |= bits(actual) != reference[index]
+            is_wrong |= bits(actual) != reference[index].to(actual.device)
         wrong += int(is_wrong.sum())
     return int(sum(ranks.gather(wrong)))
 
 
 def differs(actual: torch.Tensor, expected: Sequence[Expected]) -> torch.Tensor:
     """Whether each element of a flat output is beyond its bound. NaN always is."""
-    is_wrong = torch.zeros(actual.numel(), dtype=torch.bool)
+    is_wrong = torch.zeros(actual.numel(), dtype=torch.bool, device=actual.device)
     begin = 0
     for stretch in expected:
-        values = torch.roll(stretch.values, -stretch.start)
-        bound = None if stretch.bound is None else torch.roll(stretch.bound, -stretch.start)
+        values = torch.roll(stretch.values, -stretch.start).to(actual.device)
+        bound = None
+        if stretch.bound is not None:
+            bound = torch.roll(stretch.bound, -stretch.start).to(actual.device)
         end = begin + stretch.numel
         while begin < end:
             count = min(values.numel(), end - begin)
@@ -86,11 +88,11 @@ def _of_rank_0(ranks: Ranks, outputs: Sequence[torch.Tensor]) -> list[torch.Tens
     """Rank 0's bits where a rank has others, else None: digests are cheaper than tensors."""
     digest = hashlib.blake2b()
     for output in outputs:
-        flat = bits(output)
+        flat = bits(output).cpu()
         # Not through NumPy, which need not be installed.
         digest.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
     if len(set(ranks.gather(digest.hexdigest()))) == 1:
         return None
-    mine = [bits(output) for output in outputs] if ranks.rank == 0 else None
+    mine = [bits(output).cpu() for output in outputs] if ranks.rank == 0 else None
     theirs: list[torch.Tensor] = ranks.broadcast(mine)
     return theirs
