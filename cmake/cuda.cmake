@@ -12,7 +12,7 @@ set(ADAREDUCE_HAVE_CUDA OFF)
 set(ADAREDUCE_CUDA_VERSION "")
 set(kernel_sources
   cuda_kernels.cu gain.cu grid.cpp group_stats.cu move.cu pack.cu pair.cu peer_adasum.cu
-  peer_coefficients.cu peer_combine.cu peer_copy.cu peer_gram.cu peer_layout.cpp peer_reduce.cu
+  peer_coefficients.cu peer_combine.cu peer_copy.cu peer_gram.cu peer_layout.cpp peer_levels.cu peer_reduce.cu
   reduce.cu reduce_squares.cu slots.cu)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources

@@ -11,8 +11,6 @@ void bind_gain(pybind11::module_& module);
 void bind_cuda_gain(pybind11::module_& module);  ///< of `_cuda`
 void bind_testing(pybind11::module_& module);
 void bind_timing(pybind11::module_& module);
-// Of the module _cuda.
-void bind_cuda_gain(pybind11::module_& module);
-void bind_cuda_testing(pybind11::module_& module);
+void bind_cuda_testing(pybind11::module_& module);  ///< of `_cuda`
 
 }  // namespace adareduce
