@@ -105,19 +105,24 @@ void elapsed_time_is_that_between_records() {
   OK(cudaEventCreate(&start));
   OK(cudaEventCreate(&end));
   EXPECT_ERROR(cudaErrorInvalidResourceHandle, cudaEventElapsedTime(&milliseconds, start, end));
+  const std::uint64_t before = cuda_emulation::now_ns();
   OK(cudaEventRecord(start, stream));
   Gate gate;
   gate.hold(stream);
   OK(cudaEventRecord(end, stream));
   EXPECT_ERROR(cudaErrorNotReady, cudaEventElapsedTime(&milliseconds, start, end));
-  const std::uint64_t begin = cuda_emulation::now_ns();
   OK(cudaEventSynchronize(start));
-  while (cuda_emulation::now_ns() - begin < 2000000) {
+  const std::uint64_t started = cuda_emulation::now_ns();
+  while (cuda_emulation::now_ns() - started < 2000000) {
   }
+  const std::uint64_t released = cuda_emulation::now_ns();
   gate.release();
   OK(cudaEventSynchronize(end));
+  const std::uint64_t after = cuda_emulation::now_ns();
   OK(cudaEventElapsedTime(&milliseconds, start, end));
-  EXPECT(milliseconds >= 2 && milliseconds <= 1e-6 * (cuda_emulation::now_ns() - begin) + 1e3);
+  const double rounding = 1e-6 * milliseconds;  // of a float, by far
+  EXPECT(milliseconds + rounding >= 1e-6 * static_cast<double>(released - started));
+  EXPECT(milliseconds - rounding <= 1e-6 * static_cast<double>(after - before));
   EXPECT_ERROR(cudaErrorInvalidResourceHandle,
                cudaEventElapsedTime(&milliseconds, start, new_event()));
 }
