@@ -1,21 +1,8 @@
 // Streams, events, devices and errors.
-#include <atomic>
-#include <vector>
 
 #include "self_test.h"
 
 namespace {
-
-/// Holds up the stream that runs `wait_for_gate` until the host opens it.
-struct Gate {
-  std::atomic<bool> open{false};
-  void hold(cudaStream_t stream) { OK(cudaLaunchHostFunc(stream, wait, this)); }
-  static void wait(void* gate) { static_cast<Gate*>(gate)->open.wait(false); }
-  void release() {
-    open = true;
-    open.notify_all();
-  }
-};
 
 __global__ void append(int* list, int value) { list[++list[0]] = value; }
 
