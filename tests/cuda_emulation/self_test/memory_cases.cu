@@ -29,8 +29,11 @@ void copies_know_their_sides() {
   const cudaStream_t stream = new_stream();
   int* there = device_array<int>(100);
   std::vector<int> here(100, 5);
+  Gate gate;
+  gate.hold(stream);
   OK(cudaMemcpyAsync(there, here.data(), 400, cudaMemcpyHostToDevice, stream));
   here.assign(100, 6);  // pageable memory has been read
+  gate.release();
   OK(cudaStreamSynchronize(stream));
   EXPECT(there[0] == 5 && there[99] == 5);
   OK(cudaMemcpy(there, here.data(), 400, cudaMemcpyDefault));

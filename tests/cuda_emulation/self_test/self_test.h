@@ -1,6 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -50,6 +51,17 @@ inline cudaEvent_t new_event() {
   OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   return event;
 }
+
+/// Holds up the stream that runs `wait_for_gate` until the host opens it.
+struct Gate {
+  std::atomic<bool> open{false};
+  void hold(cudaStream_t stream) { OK(cudaLaunchHostFunc(stream, wait, this)); }
+  static void wait(void* gate) { static_cast<Gate*>(gate)->open.wait(false); }
+  void release() {
+    open = true;
+    open.notify_all();
+  }
+};
 
 struct Case {
   const char* name;

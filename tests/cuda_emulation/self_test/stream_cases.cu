@@ -1,21 +1,8 @@
 // Streams, events, devices and errors.
-#include <atomic>
-#include <vector>
 
 #include "self_test.h"
 
 namespace {
-
-/// Holds up the stream that runs `wait_for_gate` until the host opens it.
-struct Gate {
-  std::atomic<bool> open{false};
-  void hold(cudaStream_t stream) { OK(cudaLaunchHostFunc(stream, wait, this)); }
-  static void wait(void* gate) { static_cast<Gate*>(gate)->open.wait(false); }
-  void release() {
-    open = true;
-    open.notify_all();
-  }
-};
 
 __global__ void append(int* list, int value) { list[++list[0]] = value; }
 
@@ -105,19 +92,24 @@ void elapsed_time_is_that_between_records() {
   OK(cudaEventCreate(&start));
   OK(cudaEventCreate(&end));
   EXPECT_ERROR(cudaErrorInvalidResourceHandle, cudaEventElapsedTime(&milliseconds, start, end));
+  const std::uint64_t before = cuda_emulation::now_ns();
   OK(cudaEventRecord(start, stream));
   Gate gate;
   gate.hold(stream);
   OK(cudaEventRecord(end, stream));
   EXPECT_ERROR(cudaErrorNotReady, cudaEventElapsedTime(&milliseconds, start, end));
-  const std::uint64_t begin = cuda_emulation::now_ns();
   OK(cudaEventSynchronize(start));
-  while (cuda_emulation::now_ns() - begin < 2000000) {
+  const std::uint64_t started = cuda_emulation::now_ns();
+  while (cuda_emulation::now_ns() - started < 2000000) {
   }
+  const std::uint64_t released = cuda_emulation::now_ns();
   gate.release();
   OK(cudaEventSynchronize(end));
+  const std::uint64_t after = cuda_emulation::now_ns();
   OK(cudaEventElapsedTime(&milliseconds, start, end));
-  EXPECT(milliseconds >= 2 && milliseconds <= 1e-6 * (cuda_emulation::now_ns() - begin) + 1e3);
+  const double rounding = 1e-6 * milliseconds;  // of a float, by far
+  EXPECT(milliseconds + rounding >= 1e-6 * static_cast<double>(released - started));
+  EXPECT(milliseconds - rounding <= 1e-6 * static_cast<double>(after - before));
   EXPECT_ERROR(cudaErrorInvalidResourceHandle,
                cudaEventElapsedTime(&milliseconds, start, new_event()));
 }

@@ -1,6 +1,6 @@
 // Memory lies in one memfd, so that other processes can map its parts. Every block has a page
 // before it and at least kTail bytes behind it that nobody may write; both are checked when it is
-// freed. Offsets are never used twice: who touches freed memory gets a fault.
+// freed. Addresses and offsets are never used twice: who touches freed memory gets a fault.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -138,7 +138,9 @@ cudaError_t release(void* pointer, bool host) {
   check_guards(block);
   all.blocks.erase(found);
   (host ? all.pinned_bytes : all.device_bytes) -= static_cast<std::int64_t>(block.bytes);
-  munmap(block.map, block.map_bytes);
+  // Addresses stay reserved: nothing else comes to lie there.
+  mmap(block.map, block.map_bytes, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   fallocate(all.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(block.offset),
             static_cast<off_t>(block.map_bytes));
   return cudaSuccess;
