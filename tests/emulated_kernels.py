@@ -29,9 +29,7 @@ CSRC = cpp_build.ROOT / "csrc"
 
 
 @pytest.fixture(scope="session")
-def kernels(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Kernels:
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     sources = [SOURCE, EMULATION, CSRC / "kernels", CSRC / "base"]
     folder = cpp_build.build(
         request, tmp_path_factory, "cuda-kernels", SOURCE, sources, "-DCMAKE_BUILD_TYPE=Release"

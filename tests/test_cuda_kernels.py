@@ -1,7 +1,7 @@
 """CUDA kernels of Adasum, executed by the emulation.
 
-Oracles: exact integers; NumPy in float64 and math.fsum; for bits, the CPU's kernels, which have tests
-of their own. What adds up in another order than the CPU is compared within an error bound.
+Oracles: exact integers; NumPy in float64 and math.fsum; for bits, the CPU's kernels, which have
+tests of their own. What adds up in another order than the CPU is compared within an error bound.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ NUMELS = [5, 8, 0, 1, 4095, 4096, 4097, 12_300, 3, 0]
 
 def doubles_of(array: NDArray, dtype: str) -> NDArray[np.float64]:
     if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return array.astype(np.float64)
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return array.astype(np.float64)
 
 
 def random(rng: np.random.Generator, numel: int, dtype: str) -> NDArray:
@@ -117,8 +118,8 @@ def test_pair_stats_are_within_the_error_of_their_sums(
     a, b = doubles_of(lower, dtype), doubles_of(upper, dtype)
     for (offset, count), row in zip(segments, stats, strict=True):
         x, y = a[offset : offset + count], b[offset : offset + count]
-        # A term meets at most 129 additions of a lane (its edge included), 5 of a warp, and those of
-        # the items; and in float64 the rounding of its product in the reference.
+        # A term meets at most 129 additions of a lane (its edge included), 5 of a warp, those of
+        # the items, and in float64 the rounding of its product in the reference.
         unit = (129 + 5 + count / ITEM + 2) * 2.0**-53
         if accumulator == F32 and dtype != "float64":
             unit += 129 * 2.0**-24
