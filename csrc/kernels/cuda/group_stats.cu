@@ -40,8 +40,10 @@ __global__ void __launch_bounds__(kThreads) stats_of_groups(GroupStatsArgs args)
   double* out = args.out + group * kStatsPerGroup;
   out[0] = of_ranks;
   out[1] = of_mean;
-  out[2] = args.has_estimates ? estimate.variance : nan("");
-  out[3] = args.has_estimates ? estimate.squared_norm : nan("");
+  // Of one gradient there are none, even where the two squares were rounded differently.
+  const bool has_estimates = args.has_estimates && args.num_ranks > 1;
+  out[2] = has_estimates ? estimate.variance : nan("");
+  out[3] = has_estimates ? estimate.squared_norm : nan("");
 }
 
 }  // namespace
