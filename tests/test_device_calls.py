@@ -7,6 +7,7 @@ which rank; and the text of errors, which is to name every rank's call.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import re
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -204,7 +206,6 @@ def test_every_process_set_has_a_group_of_its_own(gpus: Gpus) -> None:
         if rank.rank == 0:
             rank.launch(process_set=pair)
         if rank.rank == 2:
-            rank.launch(process_set=pair, op="average", name="odd") if False else None
             error_of(lambda: rank.on_cpu.broadcast(np.ones(3), 0, process_set=pair))
         if rank.rank == 0:
             rank.breakage()
@@ -303,10 +304,9 @@ def test_a_disagreement_with_a_launched_call_breaks_all_ranks(
         known(rank)
         early = rank.launch(**AT_HAND) if rank.rank != odd else None
         if rank.rank == odd:
-            try:
+            # Those who wait for the others hear of it at once, those who launch at the next call.
+            with contextlib.suppress(_core.TransportError):
                 odd_call(rank)
-            except _core.TransportError as error:
-                assert "cannot be finished" in str(error)
         text = rank.breakage()
         for word in words:
             assert word in text
@@ -366,14 +366,12 @@ NEW: dict[str, Callable[[DeviceRank], Any]] = {
 }
 
 
-@pytest.mark.parametrize("has_group", [False, True])
-@pytest.mark.parametrize("kind", NEW)
-def test_a_disagreement_on_new_calls_harms_nothing(
-    kind: str, has_group: bool, gpus: Gpus
-) -> None:
-    if "captured" in kind and not has_group:
-        pytest.skip("nothing can be captured before there is a group")
-
+@pytest.mark.parametrize(
+    ("kind", "has_group"),
+    # Nothing can be captured before there is a group.
+    [(kind, has) for kind in NEW for has in (False, True) if has or "captured" not in kind],
+)
+def test_a_disagreement_on_new_calls_harms_nothing(kind: str, has_group: bool, gpus: Gpus) -> None:
     def body(rank: DeviceRank) -> None:
         if has_group:
             known(rank)
@@ -478,14 +476,12 @@ def test_a_mistake_is_refused_before_anything_is_launched(kind: str, gpus: Gpus)
 
 
 def test_memory_for_results_made_of_rows_must_be_there(gpus: Gpus) -> None:
-    class Nowhere:
-        class ctypes:
-            data = 0
+    nowhere = SimpleNamespace(ctypes=SimpleNamespace(data=0))
 
     def body(rank: DeviceRank) -> None:
         for collective, rows in (("allgather", [5]), ("alltoall", [5]), ("reducescatter", [])):
             with pytest.raises(ValueError, match="the result of tensor 0 has elements but no mem"):
-                rank.launch(collective, [np.ones((5, 2))], outputs=[Nowhere()], rows=rows)
+                rank.launch(collective, [np.ones((5, 2))], outputs=[nowhere], rows=rows)
 
     run_with_gpus(1, gpus, body)
 
@@ -503,7 +499,7 @@ def test_only_one_plugin_of_this_build_can_be_attached(gpus: Gpus) -> None:
             with pytest.raises(ValueError, match=f"got .*{wrong}.*: it is of another build"):
                 rank.engine.attach_cuda(gpus.capsule(table), 0)
             table[index] = right
-        with pytest.raises(ValueError, match="must be a capsule named 'adareduce.cuda_plugin'"):
+        with pytest.raises(ValueError, match=r"must be a capsule named 'adareduce\.cuda_plugin'"):
             rank.engine.attach_cuda(gpus.capsule(name=b"another"), 0)
         with pytest.raises(ValueError, match="wanted_path must be"):
             rank.engine.attach_cuda(gpus.capsule(), 5)
@@ -603,14 +599,12 @@ def test_a_caller_may_run_ahead_of_the_others_only_so_far(gpus: Gpus) -> None:
             rank.on_cpu.wait_until(is_over)
             return
         # It waits for the oldest, until the deadline of the comparison has passed.
-        with pytest.raises(_core.TransportError):
-            for _ in range(MAX_LAUNCHED + 1):
-                rank.launch()
+        for _ in range(MAX_LAUNCHED):
+            rank.launch()
+        error_of(rank.launch)
         assert rank.gpu.launched == 2 + MAX_LAUNCHED
         text = rank.breakage()
-        assert "gave up after 2.0 s: rank 1 is alive and has not made this call" in text.replace(
-            "after 2 s", "after 2.0 s"
-        )
+        assert "gave up after 2 s: rank 1 is alive and has not made this call" in text
         assert "its last one was barrier()" in text
         is_over.set()
 
@@ -713,42 +707,30 @@ def test_a_broken_job_can_be_followed_by_a_new_one(gpus: Gpus) -> None:
 
 def test_a_group_that_is_never_made_ends_the_process_when_its_set_breaks(gpus: Gpus) -> None:
     gpus.of(0).block_create = 1
+    fatal: list[str] = []
 
-    def body(rank: DeviceRank) -> None:
-        if rank.rank == 1:
-            while not gpus.of(0).is_blocked:
-                rank.on_cpu.job.check_time()
-            rank.on_cpu.stop()  # as if it had died
-            return
-        watcher = threading.Thread(target=watch, args=(rank,))
-        watcher.start()
-        text = error_of(rank.launch)
-        assert "the engine was destroyed before shutdown()" in text
-        watcher.join()
-
-    found: list[tuple[str, str]] = []
-
-    def watch(rank: DeviceRank) -> None:
+    def wait_for_fatal(rank: DeviceRank) -> None:
         try:
-            while not any(level == "FATAL" for level, _ in found):
-                event = rank.engine.next_event(0.2)
-                if event is not None:
-                    found.append(event)
+            while not fatal:
+                level, text = rank.engine.next_event(0.2) or ("", "")
+                fatal.extend([text] if level == "FATAL" else [])
                 rank.on_cpu.job.check_time()
         finally:
-            gpus.of(0).block_create = 0
+            rank.gpu.block_create = 0  # nothing else could end it
 
-    def run_rank_1(rank: DeviceRank) -> None:
-        if rank.rank == 1:
-            # The other side of the agreement; it does not get further than that.
-            thread = threading.Thread(target=lambda: error_of(rank.launch), daemon=True)
-            thread.start()
-        body(rank)
+    def body(rank: DeviceRank) -> None:
+        reader = threading.Thread(target=wait_for_fatal, args=(rank,))
+        if rank.rank == 0:
+            reader.start()
+        # Rank 1 waits in an exchange for rank 0, which is lost in create_group.
+        assert "gave up after 2 s" in error_of(rank.launch)
+        if rank.rank == 0:
+            reader.join()
+        assert rank.gpu.launched == 0
 
-    gpus.of(1).block_create = 0
-    run_with_gpus(2, gpus, run_rank_1, settings(fail_after=4.0))
-    [(level, text)] = [event for event in found if event[0] == "FATAL"]
-    assert "A thread of this rank is in create_group on CUDA, which cannot be aborted" in text
+    run_with_gpus(2, gpus, body, settings(fail_after=2.0))
+    assert "gave up after 2 s" in fatal[0]
+    assert "A thread of this rank is in create_group on CUDA, which cannot be aborted" in fatal[0]
 
 
 def test_a_group_that_takes_too_long_breaks_the_set(gpus: Gpus) -> None:

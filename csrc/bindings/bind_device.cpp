@@ -55,33 +55,38 @@ void bind_device(py::module_& module, py::class_<EngineHolder>& engine) {
           "launch",
           [](EngineHolder& self, int process_set, int device, std::uintptr_t stream,
              bool is_capturing, int collective, std::string name, int op, Rank root,
-             double prescale, double postscale, const std::vector<TensorTuple>& tensors,
+             double prescale, double postscale, const py::sequence& tensors,
              std::vector<std::int64_t> rows, bool has_statistics, std::uintptr_t local_squares,
              std::uintptr_t group_stats, std::uintptr_t orthogonality, std::uintptr_t cancellation,
              std::uintptr_t nonfinite) {
-            Request request =
-                make_request(collective, std::move(name), op, root, prescale, postscale, tensors);
-            request.device = {DeviceKind::cuda, device};
-            request.rows = std::move(rows);
-            request.has_statistics = has_statistics;
+            Request request{.collective = static_cast<Collective>(collective),
+                            .name = std::move(name),
+                            .device = {DeviceKind::cuda, device},
+                            .op = static_cast<ReduceOp>(op),
+                            .root = root,
+                            .prescale = prescale,
+                            .postscale = postscale,
+                            .tensors = tensors_of(tensors),
+                            .has_statistics = has_statistics,
+                            .rows = std::move(rows)};
+            const DeviceArguments arguments{.stream = pointer<void>(stream),
+                                            .is_capturing = is_capturing,
+                                            .local_squares = pointer<const double>(local_squares),
+                                            .group_stats = pointer<double>(group_stats),
+                                            .orthogonality = pointer<double>(orthogonality),
+                                            .cancellation = pointer<double>(cancellation),
+                                            .nonfinite = pointer<std::int64_t>(nonfinite)};
+            const py::gil_scoped_release no_gil;
             return self.get()
                 .device_calls(process_set)
-                ->launch(std::move(request),
-                         {.stream = pointer<void>(stream),
-                          .is_capturing = is_capturing,
-                          .local_squares = pointer<const double>(local_squares),
-                          .group_stats = pointer<double>(group_stats),
-                          .orthogonality = pointer<double>(orthogonality),
-                          .cancellation = pointer<double>(cancellation),
-                          .nonfinite = pointer<std::int64_t>(nonfinite)},
-                         throw_if_interrupted);
+                ->launch(std::move(request), arguments, throw_if_interrupted);
           },
           py::kw_only(), py::arg("process_set"), py::arg("device"), py::arg("stream"),
           py::arg("is_capturing"), py::arg("collective"), py::arg("name"), py::arg("op"),
           py::arg("root"), py::arg("prescale"), py::arg("postscale"), py::arg("tensors"),
           py::arg("rows") = std::vector<std::int64_t>(), py::arg("has_statistics") = false,
           py::arg("local_squares") = 0, py::arg("group_stats") = 0, py::arg("orthogonality") = 0,
-          py::arg("cancellation") = 0, py::arg("nonfinite") = 0, NoGil());
+          py::arg("cancellation") = 0, py::arg("nonfinite") = 0);
 }
 
 }  // namespace adareduce

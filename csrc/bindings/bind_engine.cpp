@@ -97,15 +97,20 @@ void bind_engine(py::module_& module) {
       .def(
           "submit",
           [](EngineHolder& self, int process_set, int collective, std::string name, int op,
-             Rank root, double prescale, double postscale, const std::vector<TensorTuple>& tensors,
+             Rank root, double prescale, double postscale, const py::sequence& tensors,
              std::vector<std::int64_t> splits, bool has_statistics,
              std::vector<double> local_squares) {
-            Request request =
-                make_request(collective, std::move(name), op, root, prescale, postscale, tensors);
-            request.splits = std::move(splits);
-            request.has_statistics = has_statistics;
-            request.local_squares = std::move(local_squares);
-            return self.get().submit(process_set, std::move(request));
+            return self.get().submit(process_set,
+                                     {.collective = static_cast<Collective>(collective),
+                                      .name = std::move(name),
+                                      .op = static_cast<ReduceOp>(op),
+                                      .root = root,
+                                      .prescale = prescale,
+                                      .postscale = postscale,
+                                      .tensors = tensors_of(tensors),
+                                      .splits = std::move(splits),
+                                      .has_statistics = has_statistics,
+                                      .local_squares = std::move(local_squares)});
           },
           py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
           py::arg("op"), py::arg("root"), py::arg("prescale"), py::arg("postscale"),

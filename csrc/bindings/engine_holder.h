@@ -3,8 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <memory>
-#include <string>
-#include <tuple>
 #include <vector>
 
 #include "base/errors.h"
@@ -23,26 +21,9 @@ struct EngineHolder {
   }
 };
 
-/// Shape, dtype code, address of the input, address of the output or 0, strides or nothing, group.
-using TensorTuple = std::tuple<std::vector<std::int64_t>, int, std::uintptr_t, std::uintptr_t,
-                               std::vector<std::int64_t>, std::int32_t>;
-
-inline Request make_request(int collective, std::string name, int op, Rank root, double prescale,
-                            double postscale, const std::vector<TensorTuple>& tensors) {
-  Request request;
-  request.collective = static_cast<Collective>(collective);
-  request.name = std::move(name);
-  request.op = static_cast<ReduceOp>(op);
-  request.root = root;
-  request.prescale = prescale;
-  request.postscale = postscale;
-  request.tensors.reserve(tensors.size());
-  for (const auto& [shape, dtype, input, output, strides, group] : tensors)
-    request.tensors.push_back({shape, static_cast<DType>(dtype),
-                               reinterpret_cast<const void*>(input),
-                               reinterpret_cast<void*>(output), strides, group});
-  return request;
-}
+/// Tensors from tuples of shape, dtype code, address of the input, address of the output or 0,
+/// strides or nothing, group.
+std::vector<TensorArg> tensors_of(const pybind11::sequence& tuples);
 
 /// Lets Ctrl-C end a wait that has released the GIL.
 inline void throw_if_interrupted() {

@@ -51,16 +51,17 @@ enum RequestFlags : std::uint32_t {
 /// One call of one rank. A grouped call is one request.
 struct Request {
   Collective collective = Collective::barrier;
-  std::string name;  ///< empty: numbered by the engine, the same on all ranks
-  Device device;
+  std::string name{};  ///< empty: numbered by the engine, the same on all ranks
+  Device device{};
   ReduceOp op = ReduceOp::sum;
   Rank root = 0;  ///< of the process set
   double prescale = 1.0;
   double postscale = 1.0;
-  std::vector<TensorArg> tensors;    ///< their dtypes may differ
-  std::vector<Rank> members;         ///< of add_process_set
-  std::vector<std::int64_t> splits;  ///< of alltoall: rows for each rank; may differ between ranks
-  bool has_statistics = false;       ///< of an all-reduce: they are wanted
+  std::vector<TensorArg> tensors{};  ///< their dtypes may differ
+  std::vector<Rank> members{};       ///< of add_process_set
+  /// Of alltoall on the CPU: rows for each rank; may differ between ranks.
+  std::vector<std::int64_t> splits{};
+  bool has_statistics = false;  ///< of an all-reduce: they are wanted
   /// Per group: what this rank adds to the sum of |g_i|^2 in place of the squares of its tensors,
   /// which may be sums over several passes. Empty, on all ranks: those of the tensors.
   std::vector<double> local_squares{};
@@ -74,7 +75,7 @@ struct Request {
   std::int64_t num_groups() const;
 
   std::uint32_t flags = kNormal;
-  std::string reason;      ///< why it is flagged, for people
+  std::string reason{};    ///< why it is flagged, for people
   bool is_orderly = true;  ///< of kLeaving: not because of an error
 };
 

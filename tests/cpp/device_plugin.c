@@ -64,6 +64,7 @@ static void leave(adareduce_cuda_group* group) { atomic_fetch_sub(&group->caller
 /* Fails on all ranks or on none. */
 static int32_t unite(const adareduce_cuda_group_args* args, int has_failed, const char* what,
                      adareduce_error* error) {
+  if (args->size == 1) return has_failed ? refuse(error, what, args->device) : ADAREDUCE_OK;
   int32_t all[MOST_RANKS] = {0}, mine = has_failed ? args->device + 1 : 0;
   const int32_t status = args->exchange.allgather(args->exchange.context, &mine, sizeof mine, all,
                                                   error);
@@ -158,7 +159,7 @@ static int32_t launch(adareduce_cuda_group* group, adareduce_cuda_plan* plan,
   if (args->cancellation != NULL) args->cancellation[0] = args->postscale;
   const int count = state->launched++;
   if (count + 1 < (int)sizeof state->launches)
-    state->launches[count] = "abg...rt"[plan->request.collective];
+    state->launches[count] = "abg..rt"[plan->request.collective];
   adareduce_cuda_ticket* ticket = calloc(1, sizeof *ticket);
   ticket->group = group;
   *out = ticket;
