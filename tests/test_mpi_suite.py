@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 import mpirun
+from emulated_gpu import EMULATED_CUDA, WHY_NOT_EMULATED
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_mpi = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")
@@ -15,11 +17,25 @@ _LIMIT_SECONDS = 480.0
 _NO_TESTS = 5  # pytest's status when everything was deselected
 
 
-def run_suite(num_ranks: int, *arguments: str) -> None:
+MPI_TESTS = ROOT / "tests" / "mpi"
+# Where the device of a tensor makes a difference.
+_FILES_FOR_GPUS = ("allreduce", "adasum", "broadcast_allgather", "more_collectives", "objects",
+                   "disagreements", "process_sets")  # fmt: skip
+# But for what overlaps on purpose: the first call of a process set with CUDA tensors blocks.
+_OVERLAPPING = "test_overlapping_sets_may_interleave_differently_on_their_ranks"
+
+
+def run_suite(
+    num_ranks: int,
+    *arguments: str,
+    files: Sequence[Path] = (MPI_TESTS,),
+    variables: Mapping[str, str] | None = None,
+) -> None:
     pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short"]
     with mpirun.Job(
         num_ranks,
-        [*pytest_command, "--rootdir", str(ROOT), *arguments, str(ROOT / "tests" / "mpi")],
+        [*pytest_command, "--rootdir", str(ROOT), *arguments, *map(str, files)],
+        variables=variables,
     ) as job:
         result = job.wait(_LIMIT_SECONDS)
     assert result.returncode == 0, str(result)
@@ -44,6 +60,31 @@ def test_the_suite_passes_on_ranks(num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_short_round_passes_on_ranks(num_ranks: int) -> None:
     run_suite(num_ranks, "-m", "openmpi_round")
+
+
+def run_on_gpus(num_ranks: int, mode: str, **variables: str) -> None:
+    """The tests of collectives with tensors that count as a GPU's: tests/emulated_gpu.py."""
+    files = [MPI_TESTS / f"test_{name}.py" for name in _FILES_FOR_GPUS]
+    variables["ADAREDUCE_TEST_DEVICE"] = mode
+    run_suite(num_ranks, "-k", f"not {_OVERLAPPING}", files=files, variables=variables)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.skipif(mpirun.flavour() == "Open MPI", reason="Open MPI runs the short round")
+@pytest.mark.parametrize("mode", ["staged", "stand-in"])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_collectives_pass_on_ranks_with_gpus(num_ranks: int, mode: str) -> None:
+    run_on_gpus(num_ranks, mode)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATED_CUDA, reason=WHY_NOT_EMULATED)
+@pytest.mark.parametrize("path", ["peer", "nccl", "staged"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+def test_collectives_pass_on_ranks_with_emulated_kernels(num_ranks: int, path: str) -> None:
+    run_on_gpus(num_ranks, "emulated", ADAREDUCE_CUDA_PATH=path)
 
 
 _SAMPLE = """

@@ -104,7 +104,7 @@ def cut_elements(
         while True:
             left = sources.numel() - begin
             take = min(left, max(room // size, 0)) if divides else left
-            if parts and (take == 0 < left or take * size > room):
+            if parts and (take == 0 < left or take * size > max(room, 0)):
                 pieces.append(Piece(parts, gathers=False))
                 parts, room = [], piece_bytes
                 continue
