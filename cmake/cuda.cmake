@@ -7,7 +7,8 @@
 
 set(ADAREDUCE_HAVE_CUDA OFF)
 set(ADAREDUCE_CUDA_VERSION "")
-set(kernel_sources)
+set(kernel_sources
+  gain.cu)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources
   csrc/engine/cuda/device_group.cpp)
@@ -59,6 +60,8 @@ if(ADAREDUCE_CUDA STREQUAL "EMULATED")
 else()
   find_package(CUDAToolkit REQUIRED)
   target_link_libraries(adareduce_cuda PUBLIC CUDA::cudart_static)
+  # The bits of the same function on the host.
+  set_source_files_properties(csrc/kernels/cuda/gain.cu PROPERTIES COMPILE_OPTIONS "-fmad=false")
   # Registers and spills of every kernel, for benchmarks/resources.py.
   target_compile_options(adareduce_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
 endif()
