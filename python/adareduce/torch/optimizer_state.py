@@ -60,9 +60,12 @@ def broadcast_optimizer_state(
                 f" sizes {theirs}, got {mine}"
             )
         check_tensors("broadcast_optimizer_state", tensors, in_place=False)
-    synchronize(
-        start_broadcast(tensors, root_rank, None, process_set, in_place=True, is_grouped=True)
-    )
+    # A request is of one device; there is always one, with which another rank's mistake can arrive.
+    for device in dict.fromkeys(tensor.device for tensor in tensors) or [None]:
+        there = [tensor for tensor in tensors if tensor.device == device]
+        synchronize(
+            start_broadcast(there, root_rank, None, process_set, in_place=True, is_grouped=True)
+        )
     if not is_root:
         state = _replace(skeleton, _Place, lambda place: tensors[place.number])
         optimizer.load_state_dict(state)
