@@ -40,6 +40,10 @@ class Driven(AdaScale):
         self.__setstate__({})
         self._tau = torch.zeros((), dtype=torch.float64)
 
+    @property
+    def tau(self) -> torch.Tensor:
+        return self._tau
+
     def advance(self, gain: float) -> None:
         self.next_gain = gain
         self.step()

@@ -139,6 +139,7 @@ ADAREDUCE_HOST_DEVICE void gain_step(const GainStepArgs& args, const Lanes& lane
   const GainInput& input = args.input;
   const GainOutput& output = args.output;
   const std::int64_t total = input.num_groups;  // the row behind those of the groups
+  const std::int64_t num_rows = input.rows == nullptr ? 0 : input.num_rows;
   const bool is_first_lane = lanes.number == 0;
 
   double bad = 0;
@@ -152,7 +153,7 @@ ADAREDUCE_HOST_DEVICE void gain_step(const GainStepArgs& args, const Lanes& lane
   for (std::int64_t k = lanes.number; k < input.num_groups; k += lanes.count)
     for (int column = 0; column < 2; ++column) {
       double sum = 0;
-      for (std::int64_t row = 0; row < input.num_rows; ++row)
+      for (std::int64_t row = 0; row < num_rows; ++row)
         if (input.group_of[row] == k) sum += input.rows[row * input.stride + column];
       output.work[2 * k + column] =
           sum / input.divisors[column] * input.factors[column] / (loss_scale * loss_scale);

@@ -57,6 +57,7 @@ from adareduce.torch.barrier import barrier
 from adareduce.torch.broadcast import broadcast, broadcast_, broadcast_async, broadcast_async_
 from adareduce.torch.compression import Compression
 from adareduce.torch.device import cuda_path
+from adareduce.torch.device_gain import Progress
 from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer
 from adareduce.torch.handles import Handle, poll, synchronize
@@ -69,7 +70,7 @@ from adareduce.torch.reducescatter import (
     reducescatter,
     reducescatter_async,
 )
-from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup
+from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup, tabulate
 from adareduce.torch.statistics import (
     ReductionStats,
     grouped_allreduce_with_stats,
@@ -108,6 +109,7 @@ __all__ = [
     "Min",
     "ProcessSet",
     "Product",
+    "Progress",
     "ReduceOp",
     "ReductionStats",
     "Sum",
@@ -168,4 +170,5 @@ __all__ = [
     "shutdown",
     "size",
     "synchronize",
+    "tabulate",
 ]

@@ -10,17 +10,13 @@ import torch
 
 from adareduce import cuda_library
 from adareduce.runtime import ProcessSet, global_process_set, reject_call
-from adareduce.torch.adascale_arguments import (
-    LossScale,
-    check_distributed,
-    check_schedule,
-    own_reducer,
-)
+from adareduce.torch.adascale_arguments import check_distributed, check_schedule, own_reducer
 from adareduce.torch.adascale_steps import DeviceSteps, HostSteps, Parts, Steps
 from adareduce.torch.device_gain import Progress
 from adareduce.torch.device_step import choose_rates
 from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer, check_passes
+from adareduce.torch.loss_scaling import LossScale
 
 
 class AdaScale(torch.optim.Optimizer):

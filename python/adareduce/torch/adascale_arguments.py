@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -71,31 +70,6 @@ def check_distributed(
                 f"AdaScale: {name} must be given to the DistributedOptimizer that is wrapped, got"
                 f" {value!r:.80}"
             )
-
-
-class LossScale:
-    """What the loss was multiplied by when gradients are reduced.
-
-    Args:
-        source: A number, a function without arguments, or a GradScaler.
-    """
-
-    def __init__(self, source: Any) -> None:
-        self._source = source
-
-    def on_host(self) -> float:
-        """Its value. Waits for a GPU on which a GradScaler keeps it."""
-        source = self._source
-        if hasattr(source, "get_scale"):
-            return float(source.get_scale())
-        return float(source() if callable(source) else source)
-
-    def on(self, device: torch.device) -> float | torch.Tensor:
-        """The same for work on ``device``: GradScaler's own float32 () tensor is not read."""
-        scale = getattr(self._source, "_scale", None)  # None before its first use: then it is known
-        if isinstance(scale, torch.Tensor):
-            return scale.to(device, torch.float32, non_blocking=True)
-        return self.on_host()
 
 
 def check_schedule(

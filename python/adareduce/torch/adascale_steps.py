@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from typing_extensions import override
 
-from adareduce.torch.adascale_arguments import LossScale
 from adareduce.torch.device_gain import DeviceGain, Progress
-from adareduce.torch.device_step import DeviceStep, unscale
+from adareduce.torch.device_step import DeviceStep
 from adareduce.torch.differences import ConsecutiveGradients, DeviceDifferences
 from adareduce.torch.gain import GainEstimator
 from adareduce.torch.gradients import GradientReducer
+from adareduce.torch.loss_scaling import LossScale, unscale
 
 
 @dataclass

@@ -75,8 +75,9 @@ class DeltaForm(Wrapper):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes the optimizer's step with this rank's gradients and combines those of all ranks.
 
-        Collective; blocks. All or nothing: after an error the weights are what they were, but the
-        optimizer's state has moved.
+        Collective; blocks on the CPU. On a GPU the host waits only where GradScaler is used with
+        an optimizer that is not fused. All or nothing: after an error the weights are what they
+        were, but the optimizer's state has moved.
 
         Args:
             closure: Computes loss and gradients, of this rank alone.
@@ -94,19 +95,23 @@ class DeltaForm(Wrapper):
             if self._is_infinite_here():
                 return None
             self._unscale_gradients()
-            return super().step(closure)
+            return self._step_of_optimizer(closure)
         with self._rejecting(len(self._buckets) if found_inf is None else 1):
             self._check_groups_are_known()
             every = (p for group in self.param_groups for p in group["params"])
             check_known(every, self._known, self._names)
-        if found_inf is not None and self._is_infinite_anywhere(found_inf, process_set):
-            return None
+        if found_inf is not None:
+            found_inf = self._infinite_anywhere(found_inf, process_set)
+            if self._optimizer_supports_scaling:
+                self.found_inf = found_inf  # it skips by itself: a change of zero
+            elif found_inf.item() > 0:
+                return None
         with self._rejecting(len(self._buckets)):
             self._unscale_gradients()
             for bucket in self._buckets:
                 bucket.keep_start()
             with self._restoring():
-                loss = super().step(closure)
+                loss = self._step_of_optimizer(closure)
         self._optimizer._opt_called = True  # type: ignore[attr-defined]  # for its schedulers
         with self._restoring():
             self._combine(process_set)
@@ -134,10 +139,11 @@ class DeltaForm(Wrapper):
         for bucket in self._buckets:
             bucket.apply()
 
-    def _is_infinite_anywhere(self, found_inf: Any, process_set: ProcessSet) -> bool:
-        mine = torch.as_tensor(found_inf, dtype=torch.float32).detach().clone()
+    def _infinite_anywhere(self, found_inf: Any, process_set: ProcessSet) -> torch.Tensor:
+        """float32 (): 1 where a rank has found an infinity, else 0; where ``found_inf`` is."""
+        mine = torch.as_tensor(found_inf, dtype=torch.float32).detach().clamp(max=1.0)
         name = f"{self._request_name}: found_inf"
-        return allreduce_(mine, op=Max, name=name, process_set=process_set).item() > 0
+        return allreduce_(mine, op=Max, name=name, process_set=process_set)
 
     @contextlib.contextmanager
     def _rejecting(self, count: int) -> Iterator[None]:

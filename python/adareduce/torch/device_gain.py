@@ -101,7 +101,8 @@ class DeviceGain:
             "skips_f32": self.skips_f32,
             "report": self._report,
         }
-        self._reporter = _Reporter(self._report)
+        self._copies = streams.CopyStream(self.tau.get_device()) if self.tau.is_cuda else None
+        self._reporter = Reporter(self._report, self._copies)
 
     def step(
         self,
@@ -187,7 +188,7 @@ class DeviceGain:
         self._gains[:-1].copy_(self._estimator.gains)
         self._gains[-1:].copy_(self._estimator.gain)
         self._report.copy_(torch.stack([self.tau, self.gain, self.skipped.double()]))
-        self._reporter = _Reporter(self._report)
+        self._reporter = Reporter(self._report, self._copies)
 
 
 def _launch_of(device: torch.device) -> Callable[[Mapping[str, float], Mapping[str, int]], None]:
@@ -203,29 +204,36 @@ def _launch_of(device: torch.device) -> Callable[[Mapping[str, float], Mapping[s
     return launch
 
 
-class _Reporter:
-    """Brings a few numbers to the host without making it wait."""
+class Reporter:
+    """Brings a few numbers to the host without making it wait.
 
-    def __init__(self, report: torch.Tensor) -> None:
+    Args:
+        report: float64 (3,): what ``Progress`` has. Read now, which blocks.
+        stream: Where it is copied from a GPU; None where it is on the host.
+    """
+
+    def __init__(self, report: torch.Tensor, stream: streams.CopyStream | None) -> None:
         self._report = report
+        self._stream = stream
         self._known = _progress_of(report)
         self._mark: streams.Mark | None = None
-        if report.is_cuda:
-            self._stream = streams.CopyStream(report.get_device())
+        if stream is not None:
             self._snapshot = torch.empty_like(report)
             self._landing = streams.empty_pinned(report.numel(), report.dtype)
 
     def progress(self) -> Progress:
-        if not self._report.is_cuda:
-            self._known = _progress_of(self._report)
-        elif not streams.is_capturing():
-            if self._mark is not None and self._mark.is_passed():
-                self._known, self._mark = _progress_of(self._landing), None
-            if self._mark is None:
-                self._snapshot.copy_(self._report)  # the next step may come before the copy
-                self._stream.follow_current()
-                self._stream.copy(self._landing, self._snapshot)
-                self._mark = self._stream.mark()
+        """The newest numbers that have arrived; asks for newer ones."""
+        if self._stream is None:
+            return _progress_of(self._report)
+        if streams.is_capturing():
+            return self._known
+        if self._mark is not None and self._mark.is_passed():
+            self._known, self._mark = _progress_of(self._landing), None
+        if self._mark is None:
+            self._snapshot.copy_(self._report)  # the next step may come before the copy
+            self._stream.follow_current()
+            self._stream.copy(self._landing, self._snapshot)
+            self._mark = self._stream.mark()
         return self._known
 
 

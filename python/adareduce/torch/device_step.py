@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 from adareduce.torch.device_gain import DeviceGain
+from adareduce.torch.loss_scaling import (
+    clear_first_momentum,
+    parameters_without_momentum,
+    unscale,
+)
 
 RATES = ("auto", "host", "tensor", "share")
 # Their step is the rate times something that does not depend on it, and so is their state.
@@ -220,37 +225,6 @@ class _Copies:
                 for name, value in self._optimizer.state.get(parameter, {}).items():
                     if isinstance(value, torch.Tensor) and value.device == parameter.device:
                         yield (id(parameter), name), value
-
-
-def parameters_without_momentum(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Parameters for which a fused SGD will make a momentum buffer in its next step."""
-    if not isinstance(optimizer, torch.optim.SGD):
-        return []
-    return [
-        parameter
-        for group in optimizer.param_groups
-        if group["momentum"] != 0 and group["fused"]
-        for parameter in group["params"]
-        if optimizer.state.get(parameter, {}).get("momentum_buffer") is None
-    ]
-
-
-def clear_first_momentum(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], skips: torch.Tensor
-) -> None:
-    """Where a fused SGD has skipped its first step: torch leaves its new buffers uninitialised."""
-    for parameter in parameters:
-        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            buffer.masked_fill_(skips, 0)
-
-
-def unscale(groups: Sequence[dict[str, Any]], grad_scale: torch.Tensor) -> None:
-    """Divides gradients by GradScaler's scale, as it does."""
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    dense = [g if g.layout == torch.strided else g._values() for g in gradients]
-    if dense:
-        torch._foreach_mul_(dense, grad_scale.double().reciprocal().float())
 
 
 def _is_wide(group: dict[str, Any]) -> bool:

@@ -181,7 +181,7 @@ class GradientForm(Wrapper):
         """
         self._check_groups_are_known()
         if closure is not None and self._must_synchronize:
-            return self._step_of_optimizer(self._reducing(closure))
+            return self._local_step(self._reducing(closure))
         if closure is None and not self._must_synchronize and not self._is_synchronized:
             raise RuntimeError(
                 "step: synchronize() must come before a step() in skip_synchronize(), got gradients"
@@ -199,7 +199,7 @@ class GradientForm(Wrapper):
         if self._is_infinite_here():
             return None
         self._unscale_gradients()
-        return self._step_of_optimizer(closure)
+        return self._local_step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # the optimizer's own step calls step hooks
 
@@ -222,10 +222,10 @@ class GradientForm(Wrapper):
             self._is_reduced_for_scaler = True
         return True
 
-    def _step_of_optimizer(self, closure: Callable[[], Any] | None) -> Any:
+    def _local_step(self, closure: Callable[[], Any] | None) -> Any:
         self._known_error: BaseException | None = None
         try:
-            return super().step(closure)
+            return self._step_of_optimizer(closure)
         except Exception as error:
             # This rank's weights are no longer those of the others: their next call raises.
             if error is not self._known_error and not isinstance(error, HorovodInternalError):

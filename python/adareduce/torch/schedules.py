@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,8 @@ class AdaScaleSchedule:
 
     Call ``step()`` after each step of AdaScale: it advances the scheduler to step floor(tau), which
     may be no step, one, or up to S. So a schedule that was made for one worker is used as it is.
-    Reads tau on the host, which on a GPU waits for it. Not collective.
+    Reads tau on the host, which on a GPU waits for it: there use ``AdaScale(schedule=tabulate(...
+    ))`` instead. Not collective.
 
     Args:
         optimizer: The AdaScale whose tau counts.
@@ -74,6 +77,60 @@ class AdaScaleSchedule:
         """Continues from ``state_dict()``."""
         self.scheduler.load_state_dict(state_dict["scheduler"])
         self._num_steps = int(state_dict["num_steps"])
+
+
+def tabulate(scheduler: LRScheduler, num_steps: int) -> torch.Tensor:
+    """The rates of a scheduler's next steps, for ``AdaScale(schedule=...)``. Not collective.
+
+    A GPU then follows the schedule by itself, also in a CUDA graph. Make the table before the
+    optimizer is wrapped, and do not step the scheduler any more.
+
+    Args:
+        scheduler: Any that counts steps. It and its optimizer are left as they were.
+        num_steps: T, how many: those of one worker's training.
+
+    Returns:
+        float64 (T, groups) on the CPU; row t is the rate t steps from now.
+
+    Raises:
+        TypeError: ``scheduler`` does not count steps.
+        ValueError: ``num_steps`` is not positive, or the scheduler changes more than ``lr``
+            (OneCycleLR cycles momentum, too, unless told not to).
+    """
+    if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "tabulate: scheduler must be an LRScheduler that counts steps, got"
+            f" {type(scheduler).__name__}"
+        )
+    if num_steps < 1:
+        raise ValueError(f"tabulate: num_steps must be at least 1, got {num_steps}")
+    groups = scheduler.optimizer.param_groups
+    state = copy.deepcopy(scheduler.state_dict())
+    kept = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in groups]
+    rows = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no optimizer steps in between, on purpose
+            for step in range(num_steps):
+                rows.append([float(group["lr"]) for group in groups])
+                if step + 1 < num_steps:
+                    scheduler.step()
+        changed = {
+            k for group, old in zip(groups, kept, strict=True) for k in old if group[k] != old[k]
+        }
+    finally:
+        for group, old in zip(groups, kept, strict=True):
+            for name, value in old.items():
+                if isinstance(group[name], torch.Tensor):
+                    group[name].copy_(value)  # whoever else has it
+                else:
+                    group[name] = value
+        scheduler.load_state_dict(state)
+    if changed - {"lr"}:
+        raise ValueError(
+            f"tabulate: scheduler must change lr alone, got one that changes {sorted(changed)}"
+        )
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 class LinearScalingWarmup(LRScheduler):

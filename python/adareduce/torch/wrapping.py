@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+from adareduce.torch.loss_scaling import (
+    clear_first_momentum,
+    parameters_without_momentum,
+    unscale,
+)
 from adareduce.torch.optimizer_arguments import Options
 
 Form = TypeVar("Form", bound="Wrapper")
@@ -52,8 +58,21 @@ class Wrapper(torch.optim.Optimizer):
     def _before_new_group(self) -> None:
         """Gives up what depends on the parameters."""
 
+    def _step_of_optimizer(self, closure: Callable[[], Any] | None) -> Any:
+        """The optimizer's own step. A fused one skips by itself, without the host."""
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, torch.Tensor):
+            return super().step(closure)
+        fresh = parameters_without_momentum(self)
+        result = super().step(closure)
+        clear_first_momentum(self, fresh, found_inf > 0)
+        return result
+
     def _is_infinite_here(self) -> bool:
-        """Whether GradScaler has found an infinity and the optimizer does not skip by itself."""
+        """Whether GradScaler has found an infinity and the optimizer does not skip by itself.
+
+        Waits for a GPU, as GradScaler does for such optimizers.
+        """
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None or self._optimizer_supports_scaling:
             return False
@@ -65,11 +84,7 @@ class Wrapper(torch.optim.Optimizer):
         if getattr(self, "found_inf", None) is None or self._optimizer_supports_scaling:
             return
         if self.grad_scale is not None:
-            parameters = (p for group in self.param_groups for p in group["params"])
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            dense = [g if g.layout == torch.strided else g._values() for g in gradients]
-            if dense:
-                torch._foreach_mul_(dense, self.grad_scale.double().reciprocal().float())
+            unscale(self.param_groups, self.grad_scale)
         self.grad_scale = self.found_inf = None  # not for the optimizer; GradScaler removes them
 
     def _check_groups_are_known(self) -> None:
