@@ -3,8 +3,8 @@
     python benchmarks/tables.py            # rewrites what stands between the markers
     python benchmarks/tables.py --check    # exit status 1 where a table is not that of the results
 
-A table stands between "<!-- table NAME FILE -->" and "<!-- end of table -->"; where there is no such
-file, a line says that nothing was measured.
+A table stands between "<!-- table NAME FILE -->" and "<!-- end of table -->"; where there is no
+such file, a line says that nothing was measured.
 """
 
 from __future__ import annotations
