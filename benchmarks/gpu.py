@@ -8,7 +8,7 @@
 
 Needs Python with torch (CUDA), pybind11, scikit-build-core, pytest, mpi4py and an MPI, nvcc, cmake,
 ninja; no network. Stages run in the order of their value until --minutes are used up; one that
-fails stops nobody. OUT gets stages.jsonl, results.jsonl and the logs; a short table comes last.
+fails stops nobody. OUT gets stages.jsonl, gpu_*.jsonl and the logs; a short table comes last.
 Exit status 1: a stage failed or timed out. adareduce (and --wheels) are installed into the Python
 that runs this.
 Status: written without a GPU; of the stages only build, info and resources have been run.
@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "gpu")]
 from stages import Runner, Stage  # noqa: E402
 from ways import EACH_RANK, WAYS  # noqa: E402
 
+KERNELS, COLLECTIVES = "gpu_kernels.jsonl", "gpu_collectives.jsonl"  # as in benchmarks/results
 _BUILD = ("build",)
 _SHARES_FROM = (2, 30, 3)  # NCCL that takes several ranks of one GPU
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner = Runner(given.out, 60 * given.minutes, origin, one_log=given.one_log)
     for stage in stages:
         runner.run(stage)
-    print(f"\n{summary(given.out / 'results.jsonl')}\n{runner.table()}")
+    print(f"\n{summary(given.out)}\n{runner.table()}")
     return 0 if runner.succeeded() else 1
 
 
@@ -131,7 +132,7 @@ def stages_of_one(given: argparse.Namespace, ranks: list[int], nccl: str) -> lis
     """One GPU, shared."""
     several = [number for number in ranks if number > 1]
     sanitize = str(ROOT / "tests" / "gpu" / "sanitize.py")
-    json_file = str(given.out / "results.jsonl")
+    json_file = str(given.out / KERNELS)
     kernels = [sys.executable, str(ROOT / "benchmarks" / "gpu_kernels.py"), "--json", json_file]
     stages = [
         tests("kernels", 90, "test_kernels.py", "test_reductions.py"),
@@ -189,7 +190,7 @@ def suite(way: str, ranks: int, limit: float) -> Stage:
 def benches(given: argparse.Namespace, ranks: int, way: str, largest: str = "256M") -> list[Stage]:
     """Collectives by size, and AdaScale's statistics over a model's gradients."""
     start = ["mpirun", "-n", str(ranks), *EACH_RANK, sys.executable, "-m", "adareduce.bench"]
-    common = ["--device", "cuda", "--json", str(given.out / "results.jsonl")]
+    common = ["--device", "cuda", "--json", str(given.out / COLLECTIVES)]
     # Ranks that share a GPU take turns, milliseconds each.
     fewer = [] if given.mpirun else ["-n", "10", "-w", "3"]
     peers = [] if way == "peer" and not given.mpirun else ["--peers"]
@@ -285,11 +286,11 @@ def output_of(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def summary(file: Path) -> str:
+def summary(folder: Path) -> str:
     """A line for each result."""
-    if not file.exists():
-        return "no results"
-    return "\n".join(line_of(json.loads(line)) for line in file.read_text().splitlines())
+    files = [folder / name for name in (KERNELS, COLLECTIVES)]
+    lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    return "\n".join(line_of(json.loads(line)) for line in lines) or "no results"
 
 
 def line_of(row: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
     python benchmarks/tables.py            # rewrites what stands between the markers
     python benchmarks/tables.py --check    # exit status 1 where a table is not that of the results
 
-A table stands between "<!-- table NAME FILE -->" and "<!-- end of table -->".
+A table stands between "<!-- table NAME FILE -->" and "<!-- end of table -->"; where there is no
+such file, a line says that nothing was measured.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 def rewritten(block: re.Match[str]) -> str:
     """A block with the table that its results give."""
     head, name, file, tail = block.groups()
+    if not (ROOT / file).exists():
+        return f"{head}**Not measured yet.**\n\n{tail}"
     rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
     newest = {tuple(str(field(row, key)) for key in KEYS[name]): row for row in rows}
     rows = list(newest.values())
@@ -55,7 +58,9 @@ def field(row: Row, key: str) -> object:
     """A field of a row, or of what it says of its settings and versions."""
     if key == "mpi":
         return row["versions"]["mpi"]
-    return row["settings"]["stats"] if key == "stats" else row[key]
+    if key in ("stats", "graph"):
+        return row["settings"].get(key, False)
+    return row["gpu"]["name"] if key == "gpu" else row[key]
 
 
 def kernels(rows: list[Row]) -> str:
@@ -117,23 +122,67 @@ def steps(rows: list[Row]) -> str:
     return markdown(lines)
 
 
+def gpu_kernels(rows: list[Row]) -> str:
+    """CUDA kernels: GB/s, the share of a copy, and torch's time / ours."""
+    lines = [["kernel", "type", "tensors", "size", "GB/s (share of a copy)", "torch / ours",
+              "wrong"]]  # fmt: skip
+    for row in rows:
+        beside = [f"{name} {ratio_text(entry['ratio'], '')}"
+                  for name, entry in row["beside"].items()]  # fmt: skip
+        lines.append([row["kernel"], row["dtype"], str(row["tensors"]), size_text(row["bytes"]),
+                      share_text(row), "; ".join(beside), str(row["wrong"])])  # fmt: skip
+    return markdown(lines)
+
+
+def gpu_collectives(rows: list[Row]) -> str:
+    """Collectives on CUDA tensors: our time and busbw, NCCL's in the same run, the path."""
+    lines = [["collective", "ranks", "path", "type", "tensors", "size", "us", "busbw (GB/s)",
+              "wrong", "NCCL / ours", "with statistics / without"]]  # fmt: skip
+    for row in rows:
+        ours = row["in_place"] or row["out_of_place"]
+        note = " (its sum)" if row["redop"] == "adasum" else ""
+        ratios = [row["compared"].get(name, {}).get("ratio") for name in ("nccl", "stats")]
+        lines.append([
+            f"{row['collective']} {row['redop']}", str(row["ranks"]), row["path"], row["dtype"],
+            str(row["tensors"]), size_text(row["bytes"]), f"{ours['median_us']:.4g}",
+            f"{ours['busbw_gbps']:.2f}", str(ours["wrong"]), ratio_text(ratios[0], note),
+            ratio_text(ratios[1], ""),
+        ])  # fmt: skip
+    return markdown(lines)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "collectives": collectives,
     "steps": steps,
+    "gpu_kernels": gpu_kernels,
+    "gpu_collectives": gpu_collectives,
 }
 # What tells one measurement from another; of equal ones the last counts.
 KEYS = {
     "kernels": ("isa", "dtype", "kernel", "bytes", "threads"),
     "collectives": ("collective", "redop", "ranks", "dtype", "tensors", "bytes", "mpi", "stats"),
     "steps": ("ranks", "commit"),
+    "gpu_kernels": ("gpu", "kernel", "dtype", "set"),
+    "gpu_collectives": (
+        "gpu",
+        "collective",
+        "redop",
+        "ranks",
+        "path",
+        "dtype",
+        "tensors",
+        "bytes",
+        "stats",
+        "graph",
+    ),
 }
 
 
 def origin(rows: list[Row]) -> str:
     """Where the numbers come from, one line."""
     texts = dict.fromkeys(
-        f"{r['machine']['cpu']}, {r['machine']['usable_cores']} cores, torch"
+        f"{processor(r)}, torch"
         f" {r['versions']['torch']}, commit {(r['commit'] or 'unknown')[:9]}, {r['date'][:10]}"
         for r in rows
     )
@@ -147,6 +196,13 @@ def origin(rows: list[Row]) -> str:
         else ""
     )
     return f"\n*{'; '.join(texts)}.{probe}*\n"
+
+
+def processor(row: Row) -> str:
+    """What has done the work."""
+    if "gpu" in row:
+        return f"{row['gpu']['name']}, CUDA {row['gpu_versions']['cuda']}"
+    return f"{row['machine']['cpu']}, {row['machine']['usable_cores']} cores"
 
 
 def size_text(num_bytes: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
@@ -11,9 +13,14 @@ import torch
 
 from adareduce import _core
 
+# A module _cuda that was built with ADAREDUCE_CUDA=EMULATED and is not installed.
+_EMULATED = os.environ.get("ADAREDUCE_TEST_EMULATED_CUDA", "")
+
 
 def why_not() -> str | None:
     """Why nothing here can run; None if it can."""
+    if _EMULATED:
+        return None
     if importlib.util.find_spec("adareduce._cuda") is None:
         return "this build has no module _cuda"
     if is_emulated() or torch.cuda.is_available():
@@ -23,6 +30,8 @@ def why_not() -> str | None:
 
 def is_emulated() -> bool:
     """Whether `_cuda` runs kernels on the CPU."""
+    if _EMULATED:
+        return True
     try:
         from adareduce._build_info import BUILD
     except ImportError:
@@ -30,12 +39,22 @@ def is_emulated() -> bool:
     return BUILD.get("cuda") == "emulated"
 
 
+def _load() -> ModuleType:
+    if not _EMULATED:
+        return importlib.import_module("adareduce._cuda")
+    loader = importlib.machinery.ExtensionFileLoader("adareduce._cuda", _EMULATED)
+    spec = importlib.util.spec_from_file_location("adareduce._cuda", _EMULATED, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
 class Machine:
     """The device under test, real or emulated. Tensors live where kernels may follow pointers."""
 
     def __init__(self) -> None:
-        module: Any = importlib.import_module("adareduce._cuda")
-        self.testing: ModuleType = module.testing
+        self.testing: Any = _load().testing
         self.is_emulated = is_emulated()
         self.device = torch.device("cpu" if self.is_emulated else "cuda")
 
