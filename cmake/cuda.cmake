@@ -7,10 +7,14 @@
 
 set(ADAREDUCE_HAVE_CUDA OFF)
 set(ADAREDUCE_CUDA_VERSION "")
-set(kernel_sources)
+set(kernel_sources
+  peer_adasum.cu peer_coefficients.cu peer_combine.cu peer_copy.cu peer_gram.cu peer_levels.cu
+  peer_reduce.cu)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources
-  csrc/engine/cuda/device_group.cpp)
+  csrc/engine/cuda/device_group.cpp
+  csrc/transports/cuda_peer/describe_device.cpp
+  csrc/transports/cuda_peer/peer_windows.cpp)
 
 if(ADAREDUCE_CUDA STREQUAL "OFF")
   set(ADAREDUCE_CUDA_REASON "ADAREDUCE_CUDA is OFF")
