@@ -12,7 +12,7 @@ set(ADAREDUCE_HAVE_CUDA OFF)
 set(ADAREDUCE_CUDA_VERSION "")
 set(kernel_sources
   cuda_kernels.cu gain.cu grid.cpp group_stats.cu move.cu pack.cu pair.cu peer_adasum.cu
-  peer_coefficients.cu peer_combine.cu peer_copy.cu peer_gram.cu peer_layout.cpp peer_levels.cu peer_reduce.cu
+  peer_coefficients.cu peer_combine.cu peer_copy.cu peer_gram.cu peer_levels.cu peer_reduce.cu
   reduce.cu reduce_squares.cu slots.cu)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources
@@ -23,6 +23,8 @@ set(host_sources
   csrc/engine/cuda/device_plan.cpp
   csrc/engine/cuda/standalone_tables.cpp
   csrc/engine/cuda/virtual_ranks.cpp
+  csrc/transports/cuda_peer/describe_device.cpp
+  csrc/transports/cuda_peer/peer_windows.cpp
   csrc/transports/nccl/nccl_library.cpp
   csrc/transports/nccl/nccl_call.cpp
   csrc/transports/nccl/nccl_communicator.cpp)

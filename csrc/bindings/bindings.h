@@ -5,6 +5,7 @@
 namespace adareduce {
 
 void bind_errors(pybind11::module_& module);
+void bind_device_paths(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_local(pybind11::module_& module);
 void bind_gain(pybind11::module_& module);

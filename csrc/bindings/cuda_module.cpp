@@ -4,6 +4,7 @@
 #include "engine/cuda/cuda_plugin_table.h"
 #include "engine/cuda/describe.h"
 #include "transports/nccl/nccl_communicator.h"
+#include "transports/nccl/nccl_library.h"
 
 namespace py = pybind11;
 

@@ -31,10 +31,10 @@ ADAREDUCE_HOST_DEVICE constexpr int gram_numel(int size) { return size * (size +
 /// what they add up to. Beyond this ratio the products of nodes are taken from vectors: ten bits of
 /// double's 53 may go.
 inline constexpr double kMostCancellation = 1024.0;
-/// A node counts as zero where its squared norm is this part of sum c_i^2 |g_i|^2 or less. From a
+/// A node counts as zero where its squared norm is less than this part of sum c_i^2 |g_i|^2. From a
 /// Gram matrix: what the rounding of its entries leaves. From a vector: of its elements, squared.
 inline constexpr double kNothingOfGram = 1e-15;
-inline constexpr double kNothingOfVector = 0x1p-104;
+inline constexpr double kNothingOfVector = 0x1p-100;
 
 inline constexpr double kWithoutBound = std::numeric_limits<double>::infinity();
 
@@ -86,13 +86,13 @@ ADAREDUCE_HOST_DEVICE inline GramProduct gram_product(int size, const double* gr
 }
 
 /// Combines two nodes with {<a,b>, |a|^2, |b|^2}: multiplies the coefficients of their leaves by
-/// their shares. `nothing_*`: squared norms up to these count as zero, and |<a,b>| is at most
+/// their shares. `nothing_*`: squared norms below these count as zero, and |<a,b>| is at most
 /// |a| |b|; `stats` is changed accordingly. What is not finite stays so.
 ADAREDUCE_HOST_DEVICE inline void adasum_combine(double* stats, double nothing_of_lower,
                                                  double nothing_of_upper, int size, unsigned lower,
                                                  unsigned upper, double* c) {
-  if (stats[1] <= nothing_of_lower) stats[1] = 0;
-  if (stats[2] <= nothing_of_upper) stats[2] = 0;
+  if (stats[1] < nothing_of_lower) stats[1] = 0;
+  if (stats[2] < nothing_of_upper) stats[2] = 0;
   const double most = std::sqrt(stats[1] * stats[2]);
   if (stats[0] > most) stats[0] = most;
   if (stats[0] < -most) stats[0] = -most;

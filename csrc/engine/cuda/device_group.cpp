@@ -20,19 +20,6 @@ std::vector<std::unique_ptr<PeerWindows>>& graveyard() {
   return windows;
 }
 
-std::string path_word(int path) {
-  switch (path) {
-    case ADAREDUCE_CUDA_NCCL:
-      return "nccl";
-    case ADAREDUCE_CUDA_PEER:
-      return "peer";
-    case ADAREDUCE_CUDA_STAGED:
-      return "staged";
-    default:
-      return "auto";
-  }
-}
-
 void upload(const OwnStream& stream, void* to, const void* from, std::int64_t bytes) {
   if (bytes == 0) return;
   ADAREDUCE_CUDA(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice,
@@ -81,13 +68,15 @@ DeviceGroup::DeviceGroup(Args args) : args_(std::move(args)) {
   mine.host = args_.host;
   mine.nccl_version = nccl.version;
   mine.nccl_why_not = nccl.why_not;
-  mine.wanted_path = path_word(args_.path);
+  mine.wanted_path = args_.path;
   for (const std::string& bytes : args_.allgather(mine.to_bytes()))
     facts_.push_back(DeviceFacts::from_bytes(bytes));
-  if (args_.size == 1)
-    choice_ = {ADAREDUCE_CUDA_SINGLE, "one rank: nothing has to move", 1, false};
-  else
+  if (args_.size == 1) {
+    choice_.path = ADAREDUCE_CUDA_SINGLE;
+    choice_.why = "one rank: nothing has to move";
+  } else {
     choice_ = choose_path(facts_);
+  }
   if (choice_.path != ADAREDUCE_CUDA_NCCL) return;
   nccl_ = NcclCommunicator::make(
       args_.rank, args_.size, stream_->stream(),

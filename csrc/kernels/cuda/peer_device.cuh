@@ -217,16 +217,16 @@ __device__ inline void sum_slots(const ShardItems& work, const double* slots, in
   for (std::int64_t s = segments.begin; s < segments.end; ++s) {
     const Range mine = work.slots(s);
     if (length(mine) <= kFew) continue;
-    double sum = 0;
     if (phase < phases) {
+      double sum = 0;
 #pragma unroll 8
       for (std::int64_t slot = mine.begin + phase; slot < mine.end; slot += phases)
         sum += slots[slot * numbers + number];
+      partial[thread] = sum;
     }
-    partial[thread] = sum;
     __syncthreads();
     if (thread < numbers) {
-      sum = 0;
+      double sum = 0;
       for (int p = 0; p < phases; ++p) sum += partial[p * numbers + thread];
       put(s, thread, sum);
     }
