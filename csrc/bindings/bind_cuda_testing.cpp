@@ -3,6 +3,7 @@
 #include <numeric>
 #include <optional>
 
+#include "base/errors.h"
 #include "bindings/bindings.h"
 #include "engine/cuda/virtual_ranks.h"
 

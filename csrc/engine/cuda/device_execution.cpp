@@ -60,6 +60,7 @@ class Enqueue {
         return plan_.method == Method::peer ? move_over_peers() : move_over_nccl();
       case Collective::barrier:
       case Collective::add_process_set:
+      case Collective::cuda_path:
         break;
     }
     throw UsageError("this collective has no form on the device");
