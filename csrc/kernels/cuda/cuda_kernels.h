@@ -14,13 +14,14 @@ Items make_items(const TensorSegment* segments, std::int64_t count);
 /// Indices of the items that have elements in `range`. Reads `on_host`.
 Range items_in(const ItemTable& items, Range range);
 
-/// What sums are accumulated in, inside an item; above it is always double.
+/// What sums are accumulated in, inside an item; above it is always double, as reduce_squares is.
 enum class Accumulator { f64, f32 };
 
 /// The CUDA side of the kernel table, with the CPU's contracts; kernels run in stream order and no
 /// entry waits. Every SegmentTable needs `on_device` and `items`. Fused buffers start on 16 bytes,
-/// tensors wherever their type may. Sums are taken in the fixed order of the items. Throws
-/// DeviceError where a launch fails.
+/// tensors wherever their type may. Sums are taken in the fixed order of the items; their slots
+/// serve one stream at a time. At most 3,840 inputs of a reduction. Throws DeviceError where a
+/// launch fails.
 const KernelTable& cuda_kernels(Accumulator accumulator = Accumulator::f64);
 
 /// {sum |g_i|^2, |x|^2} become {sum |g_i|^2, |mean|^2, sigma^2, mu^2} of each group of segments.

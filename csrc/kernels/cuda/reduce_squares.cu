@@ -14,7 +14,7 @@ namespace adareduce::cuda {
 namespace {
 
 template <typename T, int capacity>
-__global__ void __launch_bounds__(kItemThreads, 3)
+__global__ void __launch_bounds__(kItemThreads, 2)
     reduce_items(const __grid_constant__ Inputs<capacity> inputs, Reduction reduction,
                  ItemWalk walk, bool is_aligned, double* slots) {
   constexpr int kNumel = Vector<T>::kNumel;
