@@ -127,7 +127,7 @@ def exchanges(size: int) -> None:
     """Every rank sends a different number of bytes to every other, some none, in one exchange."""
 
     def numel(sender: int, receiver: int) -> int:
-        return (sender * 5 + receiver * 3) % 7 * 1000
+        return (sender * 5 + receiver * 3) % 7 * 40000  # more than a socket buffers
 
     def program(rank: Rank) -> None:
         for _ in range(2):
@@ -339,7 +339,7 @@ def refused_by_nccl() -> None:
 
 def mismatch(size: int, kind: str) -> None:
     """NCCL would hang or give wrong numbers; the fake says so on every rank that can know."""
-    met = threading.Barrier(size)
+    met = threading.Barrier(size, timeout=30)
 
     def program(rank: Rank) -> str:
         data, other = rank.memory("float32", np.ones(64)), rank.memory("float32", np.ones(64))
@@ -378,7 +378,7 @@ def mismatch(size: int, kind: str) -> None:
 
 def abort_of_a_launch(size: int) -> None:
     """Rank 0 is alone in an all-reduce; another thread aborts, and everything comes to an end."""
-    met = threading.Barrier(size)
+    met = threading.Barrier(size, timeout=30)
 
     def program(rank: Rank) -> None:
         data = rank.memory("float32", np.ones(8))
@@ -465,9 +465,28 @@ def abort_in_a_group() -> None:
     run_ranks(2, program)
 
 
+def abandoned() -> None:
+    """A rank that has given up does not wait for the others when it is destroyed."""
+    left = threading.Event()
+
+    def program(rank: Rank) -> None:
+        data = rank.memory("float32", np.ones(8))
+        rank.all_reduce(data, data, "sum")
+        rank.synchronize()
+        if rank.rank == 0:
+            rank.abandon()
+            rank.destroy()
+            left.set()
+        else:
+            left.wait()
+            rank.destroy()
+
+    run_ranks(2, program, destroy=False)
+
+
 def asynchronous_error() -> None:
     """Words of an error that happens later; the communicator is aborted when it is destroyed."""
-    met = threading.Barrier(2)
+    met = threading.Barrier(2, timeout=30)
     fail = ctypes.CDLL(str(FAKE)).fakeNcclFail
 
     def program(rank: Rank) -> None:
@@ -493,7 +512,7 @@ def asynchronous_error() -> None:
 
 def capture_elsewhere() -> None:
     """Making, asking and aborting a communicator leaves another thread's capture alone."""
-    ready = threading.Barrier(2)
+    ready = threading.Barrier(2, timeout=30)
 
     def program(rank: Rank) -> None:
         single: list[Rank] = []
