@@ -48,10 +48,7 @@ adareduce_cuda_plan* CudaGroup::prepare(const adareduce_cuda_request& request) {
   adareduce_cuda_plan* plan = nullptr;
   set_blocking("prepare");
   const int32_t status = plugin_->prepare(group_, &request, &plan, &error);
-  {
-    const std::lock_guard life(life_);
-    blocking_.reset();
-  }
+  reset_blocking();
   if (status != ADAREDUCE_OK) raise(status, error);
   return plan;
 }
@@ -63,7 +60,9 @@ adareduce_cuda_ticket* CudaGroup::launch(adareduce_cuda_plan* plan,
   release_retired();
   adareduce_error error{};
   adareduce_cuda_ticket* ticket = nullptr;
+  set_blocking("launch");  // NCCL may connect ranks only now
   const int32_t status = plugin_->launch(group_, plan, &args, &ticket, &error);
+  reset_blocking();
   if (status != ADAREDUCE_OK) raise(status, error);
   tickets_.insert(ticket);
   if (!is_captured) last_ = ticket;
@@ -125,6 +124,11 @@ void CudaGroup::destroy() {
 void CudaGroup::set_blocking(const char* what) {
   const std::lock_guard life(life_);
   blocking_ = {what, Clock::now()};
+}
+
+void CudaGroup::reset_blocking() {
+  const std::lock_guard life(life_);
+  blocking_.reset();
 }
 
 void CudaGroup::suspend_blocking() {

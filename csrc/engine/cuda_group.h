@@ -17,9 +17,9 @@ namespace adareduce {
 /// may look after it and end it. Exists from make() to destroy(). All may be called by any thread.
 class CudaGroup {
  public:
-  /// A call of the plugin that waits for peers, and since when.
+  /// A call of the plugin that may wait for peers, and since when.
   struct Blocking {
-    std::string what;
+    const char* what;
     Clock::time_point since;
   };
 
@@ -66,6 +66,7 @@ class CudaGroup {
   void throw_if_aborted();
   void release_retired();
   void set_blocking(const char* what);
+  void reset_blocking();
 
   std::mutex calls_;  // one call at a time, as the table wants it; first of the two
   std::unordered_set<adareduce_cuda_ticket*> tickets_;  // guarded by calls_

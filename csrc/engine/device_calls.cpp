@@ -41,7 +41,7 @@ DeviceCalls::DeviceCalls(const adareduce_cuda_plugin& plugin, int wanted_path,
 // ---- calls --------------------------------------------------------------------------------------
 
 std::pair<int, std::string> DeviceCalls::path(int device, const Poll& poll) {
-  const auto turn = take_turn(poll);
+  const Turn turn(turns_, poll);
   check_device(device, "cuda_path");
   if (!group_->exists()) {
     Request request;
@@ -59,7 +59,7 @@ std::shared_ptr<DeviceHandle> DeviceCalls::launch(Request request, const DeviceA
   request.has_local_squares = arguments.local_squares != nullptr;
   check(request, set_->size());
   check_on_device(request, set_->rank(), set_->size());
-  const auto turn = take_turn(poll);
+  const Turn turn(turns_, poll);
   check_device(request.device.index, name_of(request.collective));
   if (arguments.is_capturing && !group_->exists())
     throw UsageError(concat(name_of(request.collective),
@@ -125,11 +125,22 @@ void DeviceCalls::wait_for_gpu(const Poll& poll) {
 
 // ---- their parts --------------------------------------------------------------------------------
 
-std::unique_lock<std::timed_mutex> DeviceCalls::take_turn(const Poll& poll) {
-  std::unique_lock turn(turn_, std::try_to_lock);
-  while (!turn && !turn.try_lock_for(kBetweenPolls))
+DeviceCalls::Turn::Turn(Turns& turns, const Poll& poll) : turns_(turns) {
+  std::unique_lock lock(turns.mutex);
+  while (!turns.changed.wait_for(lock, kBetweenPolls, [&] { return !turns.is_taken; })) {
+    lock.unlock();
     if (poll) poll();
-  return turn;
+    lock.lock();
+  }
+  turns.is_taken = true;
+}
+
+DeviceCalls::Turn::~Turn() {
+  {
+    const std::lock_guard lock(turns_.mutex);
+    turns_.is_taken = false;
+  }
+  turns_.changed.notify_one();
 }
 
 void DeviceCalls::check_device(int device, std::string_view function) const {

@@ -1,4 +1,5 @@
 #pragma once
+#include <condition_variable>
 #include <deque>
 #include <exception>
 #include <functional>
@@ -61,6 +62,23 @@ class DeviceCalls {
     std::vector<const void*> inputs;
     std::vector<void*> outputs;
   };
+  /// One caller after the other. No std::timed_mutex: ThreadSanitizer does not know it.
+  struct Turns {
+    std::mutex mutex;
+    std::condition_variable changed;
+    bool is_taken = false;  // guarded by mutex
+  };
+  /// A caller's turn, until its end.
+  class Turn {
+   public:
+    Turn(Turns& turns, const Poll& poll);
+    ~Turn();
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    Turns& turns_;
+  };
   struct Exchange {
     DeviceCalls* calls = nullptr;
     const Poll* poll = nullptr;
@@ -71,7 +89,6 @@ class DeviceCalls {
                            adareduce_error* error);
   void gather(const void* mine, std::int64_t bytes, void* all, const Poll& poll);
 
-  std::unique_lock<std::timed_mutex> take_turn(const Poll& poll);
   void check_device(int device, std::string_view function) const;
   std::shared_ptr<Handle> submit(Request request);
   void agree(Request request, const Poll& poll);
@@ -91,8 +108,8 @@ class DeviceCalls {
   const std::string host_;
   Wakeup& wakeup_;
 
-  std::timed_mutex turn_;
-  // Guarded by turn_.
+  Turns turns_;
+  // Of whoever has the turn.
   std::unordered_map<Signature, adareduce_cuda_plan*, SignatureHash> plans_;  // agreed on
   std::deque<std::shared_ptr<Handle>> launched_;  // not yet compared, or not known to be
   Pointers pointers_;

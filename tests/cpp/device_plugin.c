@@ -66,8 +66,8 @@ static int32_t unite(const adareduce_cuda_group_args* args, int has_failed, cons
                      adareduce_error* error) {
   if (args->size == 1) return has_failed ? refuse(error, what, args->device) : ADAREDUCE_OK;
   int32_t all[MOST_RANKS] = {0}, mine = has_failed ? args->device + 1 : 0;
-  const int32_t status = args->exchange.allgather(args->exchange.context, &mine, sizeof mine, all,
-                                                  error);
+  const int32_t status =
+      args->exchange.allgather(args->exchange.context, &mine, sizeof mine, all, error);
   if (status != ADAREDUCE_OK) return status;
   for (int rank = 0; rank < args->size; ++rank)
     if (all[rank] != 0) return refuse(error, what, all[rank] - 1);
