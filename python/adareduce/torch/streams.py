@@ -18,8 +18,8 @@ def current_device() -> int:
 
 
 def uuid_of(device: int) -> str:
-    """What tells a GPU from all others."""
-    return str(torch.cuda.get_device_properties(device).uuid)
+    """What tells a GPU from all others; empty where torch does not know."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
 def current(device: int) -> int:
