@@ -8,5 +8,6 @@ PYBIND11_MODULE(_core, module) {
   adareduce::bind_gain(module);
   auto testing = module.def_submodule("testing", "Schedules as values and kernel entries.");
   adareduce::bind_testing(testing);
+  adareduce::bind_gain_testing(testing);
   adareduce::bind_timing(testing);
 }
