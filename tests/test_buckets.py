@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from adareduce.settings import Settings
-from adareduce.torch.buckets import cut_buckets, name_of_request
+from adareduce.torch import streams
+from adareduce.torch.buckets import Bucket, cut_buckets, name_of_request
 from adareduce.torch.optimizer_arguments import explicit_buckets
 
 
@@ -83,3 +84,37 @@ def test_our_fusion_threshold_wins_over_horovods():
     for text in ("-1", "1e6", "1MB"):
         with pytest.raises(ValueError, match="number of bytes"):
             threshold(ADAREDUCE_FUSION_THRESHOLD=text)
+
+
+def make_bucket(is_on_gpu: bool) -> Bucket:
+    tensors = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    names = {id(tensor): f"p{place}" for place, tensor in enumerate(tensors)}
+    bucket = Bucket("gradients 0.0", tensors, names, dict.fromkeys(names, 0))
+    bucket.is_on_gpu = is_on_gpu
+    return bucket
+
+
+def test_names_of_requests_tell_steps_apart_but_on_a_gpu():
+    # There each new name would be agreed on by the ranks' hosts.
+    assert make_bucket(False).name_in(3) == "gradients 0.0: p0 ... p2, step 3"
+    assert make_bucket(True).name_in(3) == make_bucket(True).name_in(4)
+
+
+def test_presence_is_1_where_there_is_a_gradient():
+    bucket = make_bucket(False)
+    bucket.parameters[1].grad = torch.ones(2)
+    bucket.prepare(sparse_as_dense=False)
+    assert bucket.presence.tolist() == [0.0, 1.0, 0.0]
+    bucket.prepare(sparse_as_dense=False)  # the others have zeros now
+    assert bucket.presence.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_capture_needs_every_gradient(monkeypatch):
+    monkeypatch.setattr(streams, "is_capturing", lambda: True)
+    bucket = make_bucket(True)
+    for parameter in bucket.parameters[:2]:
+        parameter.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"'p2' must have a gradient while a CUDA graph is capt"):
+        bucket.prepare(sparse_as_dense=False)
+    bucket.parameters[2].grad = torch.ones(2)
+    assert len(bucket.prepare(sparse_as_dense=False)) == 3

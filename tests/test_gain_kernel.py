@@ -7,6 +7,7 @@ sigma^2 = (A - n B) / (n - 1) enlarges that: in these inputs A - n B is above A 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from adareduce._core import testing
 from adareduce.torch.device_gain import DeviceGain
 from adareduce.torch.gain import GainEstimator
 
@@ -28,7 +30,7 @@ AS_THEY_ARE: dict[str, Any] = {
 }
 
 
-def close(groups: int) -> dict[str, float]:
+def close(groups: int) -> dict[str, Any]:
     return {"rtol": 50 * (groups + 10) * 2.0**-53, "atol": 0.0}
 
 
@@ -147,7 +149,7 @@ def test_gains_are_within_a_few_roundings_where_no_sum_has_another_order(
     # and average, which later steps do not enlarge; four averages make a gain. The first step has
     # no rounding of this kind: the same bits.
     pair = Pair(groups, 3, averaging="debiased")
-    few = {"rtol": 16 * 2.0**-53, "atol": 0.0}
+    few: dict[str, Any] = {"rtol": 16 * 2.0**-53, "atol": 0.0}
     for step in range(20):
         pair.step(squares(rng, groups, 3))
         torch.testing.assert_close(pair.kernel.gains, pair.expected.gains, **few)
@@ -157,6 +159,28 @@ def test_gains_are_within_a_few_roundings_where_no_sum_has_another_order(
             assert torch.equal(pair.kernel.gains, pair.expected.gains)
             assert torch.equal(pair.kernel.rates, pair.expected_rates)
             assert pair.kernel.tau.item() == pair.tau
+
+
+@pytest.mark.parametrize("num_lanes", [2, 3, 32])
+@pytest.mark.parametrize("groups", [1, 2, 33])
+def test_lanes_that_work_together_give_the_bits_of_one(
+    groups: int, num_lanes: int, rng: np.random.Generator
+) -> None:
+    schedule = torch.from_numpy(rng.uniform(0.0, 1.0, size=(9, groups)))
+    one, several = (Pair(groups, 4, schedule=schedule, averaging="debiased") for _ in range(2))
+    several.kernel._launch = functools.partial(testing.gain_step, num_lanes=num_lanes)
+    for step in range(6):
+        sample = squares(rng, groups, 4)
+        sample[-1, 0] = math.inf if step == 4 else sample[-1, 0]
+        for pair in (one, several):
+            pair.step(sample, nonfinite=int(step == 2))
+        for name, tensor in several.kernel.state_dict().items():
+            assert torch.equal(tensor, one.kernel.state_dict()[name]), name
+        assert torch.equal(several.kernel.gains, one.kernel.gains)
+        assert torch.equal(several.kernel.rates_f32, one.kernel.rates_f32)
+        assert torch.equal(several.kernel.shares, one.kernel.shares)
+        assert several.kernel.progress() == one.kernel.progress()
+    assert several.kernel.gain > 1.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5, 32.0, 2000.0])
@@ -184,7 +208,7 @@ def test_scale_factors_passes_and_loss_scales_are_undone(rng: np.random.Generato
         sample = squares(rng, 2, 6)
         plain.step(sample)
         seen = sample * 2.0**20 * [1 / 4, 1] * [16, 64]
-        options = {"divisors": (16.0, 64.0), "factors": (4.0, 1.0)}
+        options: dict[str, Any] = {"divisors": (16.0, 64.0), "factors": (4.0, 1.0)}
         scaled.step(seen, **options, loss_scale=1024.0)
         on_device.step(seen, **options, loss_scale=torch.tensor(1024.0))
         for other in (scaled, on_device):

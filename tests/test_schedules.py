@@ -11,7 +11,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from adareduce.torch.adascale import AdaScale
-from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup
+from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup, tabulate
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
@@ -202,3 +202,52 @@ def test_linear_scaling_goes_on_from_a_state() -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"LinearScalingWarmup: {message}"):
         LinearScalingWarmup(sgd(), **({"scale": 4.0, "reference_steps": 10} | arguments))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "OneCycleLR"])
+def test_a_table_holds_the_rates_of_every_step_and_changes_nothing(name: str) -> None:
+    inner = sgd()
+    scheduler = SCHEDULERS[name](inner)
+    for _ in range(3):
+        inner.step()
+        scheduler.step()
+    table = tabulate(scheduler, 20)
+    assert table.dtype == torch.float64
+    assert table.tolist() == [[by_hand(SCHEDULERS[name], 3 + step)] for step in range(20)]
+    for step in range(3, 12):
+        assert scheduler.get_last_lr() == [by_hand(SCHEDULERS[name], step)]
+        assert inner.param_groups[0]["lr"] == by_hand(SCHEDULERS[name], step)
+        inner.step()
+        scheduler.step()
+
+
+def test_a_table_has_a_column_for_each_group_and_leaves_tensors_of_rates_where_they_are() -> None:
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    inner = torch.optim.SGD(
+        [
+            {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": rate},
+            {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.25},
+        ]
+    )
+    table = tabulate(lr_scheduler.ExponentialLR(inner, 0.5), 3)
+    assert table.tolist() == [[0.5, 0.25], [0.25, 0.125], [0.125, 0.0625]]
+    assert inner.param_groups[0]["lr"].item() == 0.5
+    assert [group["lr"] is rate for group in inner.param_groups] == [True, False]
+
+
+def test_what_cannot_be_tabulated_is_refused_and_left_as_it_was() -> None:
+    inner = sgd()
+    with pytest.raises(TypeError, match="counts steps, got ReduceLROnPlateau"):
+        tabulate(lr_scheduler.ReduceLROnPlateau(inner), 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        tabulate(lr_scheduler.ConstantLR(inner), 0)
+    cycle = lr_scheduler.OneCycleLR(sgd(), max_lr=1.0, total_steps=10)
+    momentum = cycle.optimizer.param_groups[0]["momentum"]
+    with pytest.raises(ValueError, match=r"must change lr alone, got one .* \['lr', 'momentum'\]"):
+        tabulate(cycle, 10)
+    assert cycle.optimizer.param_groups[0]["momentum"] == momentum
+    assert cycle.last_epoch == 0
+    steady = lr_scheduler.OneCycleLR(sgd(), max_lr=1.0, total_steps=10, cycle_momentum=False)
+    assert tabulate(steady, 10).shape == (10, 1)

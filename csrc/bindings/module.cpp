@@ -9,5 +9,6 @@ PYBIND11_MODULE(_core, module) {
   auto testing = module.def_submodule("testing", "Schedules as values and kernel entries.");
   adareduce::bind_testing(testing);
   adareduce::bind_device_paths(testing);
+  adareduce::bind_gain_testing(testing);
   adareduce::bind_timing(testing);
 }

@@ -107,7 +107,8 @@ def tabulate(scheduler: LRScheduler, num_steps: int) -> torch.Tensor:
     groups = scheduler.optimizer.param_groups
     state = copy.deepcopy(scheduler.state_dict())
     kept = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in groups]
-    rows = []
+    rows: list[list[float]] = []
+    changed: set[str] = set()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no optimizer steps in between, on purpose
@@ -115,9 +116,8 @@ def tabulate(scheduler: LRScheduler, num_steps: int) -> torch.Tensor:
                 rows.append([float(group["lr"]) for group in groups])
                 if step + 1 < num_steps:
                     scheduler.step()
-        changed = {
-            k for group, old in zip(groups, kept, strict=True) for k in old if group[k] != old[k]
-        }
+                for group, old in zip(groups, kept, strict=True):
+                    changed |= {name for name in old if group[name] != old[name]}
     finally:
         for group, old in zip(groups, kept, strict=True):
             for name, value in old.items():
