@@ -96,7 +96,9 @@ def test_reduce_squares_adds_to_the_groups(gpu: Machine, dtype: torch.dtype) -> 
         part = clipped(segment, begin, end)
         of_inputs = sum(float(whole[part].double().square().sum()) for whole in wholes)
         mean = torch.stack([whole[part].double() for whole in wholes]).sum(0)
-        expected[group] += torch.tensor([of_inputs, float(mean.square().sum())]).double()
+        expected[group] += torch.tensor(
+            [of_inputs, float(mean.square().sum())], dtype=torch.float64
+        )
         scale[group] += 9 * of_inputs  # |a + b + c|^2 <= 3 (|a|^2 + ...), and sums of squares
         inside = slice(part.start - begin, part.stop - begin)
         assert torch.equal(bits(out[inside]), bits(plain[inside]))
