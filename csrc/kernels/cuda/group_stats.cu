@@ -13,10 +13,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kStatsPerGroup = 4;
 
-__device__ double sum_over_ranks(const double* squares, std::int64_t row, std::int64_t at,
-                                 int num_ranks) {
+__device__ double sum_over_rows(const double* squares, std::int64_t numel, std::int64_t at,
+                                int num_rows) {
   double sum = 0;
-  for (int rank = 0; rank < num_ranks; ++rank) sum += squares[rank * row + at];
+  for (int r = 0; r < num_rows; ++r) sum += squares[r * numel + at];
   return sum;
 }
 
@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kThreads) stats_of_groups(GroupStatsArgs args)
   for (std::int64_t s = threadIdx.x; s < args.num_segments; s += kThreads) {
     if (args.group_of[s] != group) continue;
     if (!args.squares_are_of_groups)
-      sums[0] += sum_over_ranks(args.squares, args.num_segments, s, args.num_ranks);
+      sums[0] += sum_over_rows(args.squares, args.num_segments, s, args.num_rows);
     sums[1] += args.result_squares[s];
   }
   sum_over_block(sums);
   if (threadIdx.x != 0) return;
   const double of_ranks = args.squares_are_of_groups
-                              ? sum_over_ranks(args.squares, args.num_groups, group, args.num_ranks)
+                              ? sum_over_rows(args.squares, args.num_groups, group, args.num_rows)
                               : sums[0];
   const double of_mean = sums[1] / (args.result_is_mean_times * args.result_is_mean_times);
   const VarianceAndNorm estimate = variance_and_norm(of_ranks, of_mean, args.num_ranks);

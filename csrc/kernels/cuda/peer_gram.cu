@@ -21,7 +21,10 @@ __global__ void __launch_bounds__(kPeerThreads, 1) gram_kernel(PeerAdasum args) 
 #pragma unroll
     for (int i = 0; i < kRanks; ++i)
 #pragma unroll
-      for (int j = i; j < kRanks; ++j) sums[gram_index(i, j, kRanks)] += x[i] * x[j];
+      for (int j = i; j < kRanks; ++j) {
+        double& sum = sums[gram_index(i, j, kRanks)];
+        sum = fma(x[i], x[j], sum);
+      }
   };
   const auto load_slices = [&](std::int64_t i) {
     Slices<T, kRanks> slices;
