@@ -297,6 +297,9 @@ DevicePlan make_device_plan(Request request, std::vector<std::int64_t> rows, Ran
   const bool has_rows = plan.request.collective == Collective::allgather ||
                         plan.request.collective == Collective::alltoall;
   if (!has_rows) make_parts(plan, rank, size, abilities);
+  // Statistics are of float types, whose parts have one method.
+  for (const DevicePlan::Part& part : plan.parts)
+    if (&part == &plan.parts.front() || part.method == Method::nccl) plan.method = part.method;
   if (plan.method == Method::peer && !is_reduction(plan.request))
     plan_peer_copies(plan, rank, size);
   if (is_reduction(plan.request) && plan.request.op == ReduceOp::adasum && size <= kMaxPeers)

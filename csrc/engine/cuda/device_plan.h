@@ -65,7 +65,7 @@ struct DevicePlan {
   Request request;                     ///< without pointers
   std::vector<std::int64_t> rows;      ///< of allgather and alltoall
   std::vector<Part> parts;             ///< by first appearance of their dtypes
-  Method method = Method::single;      ///< where there are no parts
+  Method method = Method::single;      ///< of statistics, and of what has no parts
   std::int64_t num_segments = 0;       ///< of all parts
   std::vector<std::int32_t> group_of;  ///< per segment of all parts
   std::int64_t num_groups = 0;
