@@ -12,15 +12,24 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+import cpp_build
 from adareduce._core import testing
+from cuda_build import EMULATION
 from thread_ranks import DTYPES, STORAGE
 
-PLACES = {"in": 0, "out": 1, "orthogonality": 2, "cancellation": 3, "squares": 4}
+PLACES = {
+    name: place
+    for place, name in enumerate(
+        ["in", "out", "orthogonality", "cancellation", "squares", "flags", "epochs"]
+    )
+}
 OPS = {"sum": 0, "min": 1, "max": 2, "product": 3}
 LONG = ctypes.c_int64
 PER_SEGMENT = {"orthogonality": 1, "cancellation": 1, "squares": 2}
@@ -29,9 +38,28 @@ Segments = Sequence[tuple[int, int]]
 Pieces = Sequence[tuple[int, int, int, int]]
 
 
-def load(path: str) -> ctypes.CDLL:
-    """The library of tests/cpp/peer_ranks.cpp."""
-    library = ctypes.CDLL(path)
+SOURCE = cpp_build.ROOT / "tests/cuda_peer"
+CSRC = cpp_build.ROOT / "csrc"
+
+
+@pytest.fixture(scope="session")
+def peer_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """libcuda_peer.so: kernels, windows and the C interfaces of tests/cuda_peer."""
+    sources = [
+        SOURCE,
+        EMULATION,
+        CSRC / "kernels",
+        CSRC / "base",
+        CSRC / "transports" / "cuda_peer",
+    ]
+    options = "-DCMAKE_BUILD_TYPE=Release"
+    folder = cpp_build.build(request, tmp_path_factory, "cuda-peer", SOURCE, sources, options)
+    return folder / "libcuda_peer.so"
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library, with the interface of tests/cuda_peer/peer_ranks.cpp."""
+    library = ctypes.CDLL(str(path))
     for name in ("make", "write", "read", "adasum", "reduce", "set_pieces", "copy", "replay"):
         getattr(library, f"peers_{name}").restype = ctypes.c_char_p
     library.peers_wait.restype = ctypes.c_char_p
@@ -57,6 +85,7 @@ class PeerRanks:
         numel: int,
         blocks: int = 3,
         deadline_seconds: float = 60.0,
+        in_place: bool = False,
     ) -> None:
         self.library, self.size, self.numel = library, size, numel
         self.segments, self.storage = list(segments), STORAGE[dtype]
@@ -73,6 +102,7 @@ class PeerRanks:
             (LONG * count)(*[offset for offset, _ in self.segments]),
             (LONG * count)(*[length for _, length in self.segments]),
             ctypes.c_uint64(int(deadline_seconds * 1e9)),
+            int(in_place),
             bytes(node["lower"] for node in nodes),
             bytes(node["upper"] for node in nodes),
             ctypes.byref(self.ranks),
@@ -140,9 +170,7 @@ class PeerRanks:
         self._of_ranks("wait")
 
     def error_words(self) -> list[int]:
-        return [
-            int(self.library.peers_error_word(self.ranks, rank)) for rank in range(self.size)
-        ]
+        return [int(self.library.peers_error_word(self.ranks, rank)) for rank in range(self.size)]
 
     def set_error_word(self, rank: int, word: int) -> None:
         self.library.peers_set_error_word(self.ranks, rank, ctypes.c_uint32(word))

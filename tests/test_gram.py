@@ -50,9 +50,7 @@ def tiny_beside_large(rng: np.random.Generator, size: int) -> list[NDArray]:
 
 
 def some_zero(rng: np.random.Generator, size: int) -> list[NDArray]:
-    return [
-        vector * (rank % 3 != 1) for rank, vector in enumerate(independent(rng, size))
-    ]
+    return [vector * (rank % 3 != 1) for rank, vector in enumerate(independent(rng, size))]
 
 
 def all_zero(rng: np.random.Generator, size: int) -> list[NDArray]:
@@ -160,9 +158,7 @@ def test_orthogonal_vectors_are_added(size: int) -> None:
 @pytest.mark.parametrize("size", [4, 8, 11, 16])
 def test_partners_that_nearly_cancel_are_reported(size: int, rng: np.random.Generator) -> None:
     common = rng.standard_normal(NUMEL)
-    vectors = [
-        common * (-1) ** rank + 1e-4 * rng.standard_normal(NUMEL) for rank in range(size)
-    ]
+    vectors = [common * (-1) ** rank + 1e-4 * rng.standard_normal(NUMEL) for rank in range(size)]
     result = testing.adasum_of_gram(size, gram_of(vectors))
     # The sum of two such is about 1.5 * 1e-4 times as long as they are: see the shares.
     assert 1e7 < result["cancellation"] < 1e10

@@ -1,5 +1,6 @@
 #pragma once
 // The four kernels of one-shot Adasum: their arguments and launchers. See docs/algorithms.md.
+#include "kernels/cuda/element_types.h"
 #include "kernels/cuda/peer_device.cuh"
 
 namespace adareduce::cuda {
@@ -55,22 +56,6 @@ void launch_peer_coefficients(const PeerAdasum& args, int blocks, Stream stream)
 void launch_peer_levels(const PeerAdasum& args, DType dtype, int blocks, Stream stream);
 /// The weighted sum of the stage's slices, into all ranks' windows; meets the peers.
 void launch_peer_combine(const PeerAdasum& args, DType dtype, int blocks, Stream stream);
-
-/// body(T{}) for the element type of a dtype that Adasum is defined for.
-template <typename Body>
-void with_float_type(DType dtype, const char* caller, Body&& body) {
-  if (dtype == DType::f16)
-    body(f16{});
-  else if (dtype == DType::bf16)
-    body(bf16{});
-  else if (dtype == DType::f32)
-    body(float{});
-  else if (dtype == DType::f64)
-    body(double{});
-  else
-    throw UsageError(
-        concat(caller, ": dtype must be one that it is defined for, got ", name_of(dtype)));
-}
 
 /// body(std::integral_constant) of the smallest of 2, 4, 8 that `size` ranks fit into.
 template <typename Body>

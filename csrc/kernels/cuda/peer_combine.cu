@@ -5,6 +5,11 @@
 namespace adareduce::cuda {
 namespace {
 
+template <typename T>
+__device__ inline double weighted(double c, T x, double sum) {
+  return fma(c, static_cast<double>(value_of(x)), sum);
+}
+
 // The exit barrier makes all ranks' out windows complete for whatever follows in a rank's stream:
 // that starts after all blocks of this kernel have ended, each of them after it has met the block
 // of its index on every peer, which had pushed all it had to push by then; and every element is
@@ -14,8 +19,7 @@ namespace {
 template <typename T, int kRanks>
 __global__ void __launch_bounds__(kPeerThreads, 1) combine_kernel(PeerAdasum args) {
   const int size = args.peers.size;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kPeerWarps;
+  const int lane = lane_of_warp();
   const std::int64_t begin = args.work.shard.begin;
   const T* const stage = static_cast<const T*>(args.stage);
   T* to[kRanks];  // beginning with this rank, so that not all write to one peer at a time
@@ -23,8 +27,8 @@ __global__ void __launch_bounds__(kPeerThreads, 1) combine_kernel(PeerAdasum arg
   for (int r = 0; r < kRanks; ++r)
     to[r] = static_cast<T*>(args.peers.out[(args.peers.rank + r) % size]);
 
-  for (std::int64_t i = args.work.indices.begin + blockIdx.x * kPeerWarps + threadIdx.x / kWarp;
-       i < args.work.indices.end; i += warps) {
+  for (std::int64_t i = args.work.indices.begin + warp_of_grid(); i < args.work.indices.end;
+       i += warps_of_grid()) {
     const Item item = args.work.items[i];
     double c[kRanks];
 #pragma unroll
@@ -36,10 +40,7 @@ __global__ void __launch_bounds__(kPeerThreads, 1) combine_kernel(PeerAdasum arg
           Slices<T, kRanks> slices;
 #pragma unroll
           for (int r = 0; r < kRanks; ++r)
-            if (r < size)
-              slices.of[r] = load_once(stage + r * args.stage_stride + (at - begin));
-            else
-              slices.of[r].words = uint4{0, 0, 0, 0};
+            slices.of[r] = load_once_if(r < size, stage + r * args.stage_stride + (at - begin));
           return slices;
         },
         [&](std::int64_t at, const Slices<T, kRanks>& slices) {
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kPeerThreads, 1) combine_kernel(PeerAdasum arg
             double sum = c[0] * value_of(slices.of[0].elements[e]);
 #pragma unroll
             for (int r = 1; r < kRanks; ++r)
-              if (r < size) sum += c[r] * value_of(slices.of[r].elements[e]);
+              if (r < size) sum = weighted(c[r], slices.of[r].elements[e], sum);
             result.elements[e] = element_of<T>(sum);
           }
 #pragma unroll
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kPeerThreads, 1) combine_kernel(PeerAdasum arg
           double sum = c[0] * value_of(stage[at - begin]);
 #pragma unroll
           for (int r = 1; r < kRanks; ++r)
-            if (r < size) sum += c[r] * value_of(stage[r * args.stage_stride + (at - begin)]);
+            if (r < size) sum = weighted(c[r], stage[r * args.stage_stride + (at - begin)], sum);
 #pragma unroll
           for (int r = 0; r < kRanks; ++r)
             if (r < size) to[r][at] = element_of<T>(sum);
@@ -72,9 +73,9 @@ __global__ void __launch_bounds__(kPeerThreads, 1) combine_kernel(PeerAdasum arg
 }  // namespace
 
 void launch_peer_combine(const PeerAdasum& args, DType dtype, int blocks, Stream stream) {
-  with_float_type(dtype, "peer_adasum", [&](auto element) {
+  for_float(dtype, "peer_adasum", [&]<typename T>(TypeTag<T>) {
     with_capacity(args.peers.size, [&](auto ranks) {
-      launch(combine_kernel<decltype(element), ranks()>, blocks, kPeerThreads, stream, args);
+      launch(combine_kernel<T, ranks()>, blocks, kPeerThreads, stream, args);
     });
   });
 }

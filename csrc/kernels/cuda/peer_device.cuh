@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cuda/atomic>
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/item_walk.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/peer_kernels.h"
 
@@ -159,15 +159,10 @@ struct ShardItems {
 };
 inline ShardItems shard_items(const SegmentTable& segments, Range shard, int size) {
   const ItemTable& table = *segments.items;
-  const Item* const end = table.on_host + table.count;
-  const Item* const first = std::partition_point(
-      table.on_host, end, [&](const Item& item) { return item.range().end <= shard.begin; });
-  const Item* const last =
-      std::partition_point(first, end, [&](const Item& item) { return item.begin < shard.end; });
   return {table.on_device,
           table.first_on_device,
           shard,
-          {first - table.on_host, last - table.on_host},
+          items_in(table, shard),
           peer_items_per_run(table.count, size),
           segments.count};
 }
@@ -176,11 +171,9 @@ inline ShardItems shard_items(const SegmentTable& segments, Range shard, int siz
 /// warp, and flush(slot) after each run. All lanes come along.
 template <typename Part, typename Flush>
 __device__ inline void for_each_run(const ShardItems& work, Part&& part, Flush&& flush) {
-  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * kPeerWarps;
-  const std::int64_t warp =
-      static_cast<std::int64_t>(blockIdx.x) * kPeerWarps + threadIdx.x / kWarp;
   const std::int64_t end = (work.indices.end + work.per_run - 1) / work.per_run;
-  for (std::int64_t group = work.indices.begin / work.per_run + warp; group < end; group += warps) {
+  for (std::int64_t group = work.indices.begin / work.per_run + warp_of_grid(); group < end;
+       group += warps_of_grid()) {
     const Range run = overlap({group * work.per_run, (group + 1) * work.per_run}, work.indices);
     std::int32_t segment = -1;
     for (std::int64_t i = run.begin; i < run.end; ++i) {
@@ -202,7 +195,7 @@ __device__ inline void sum_slots(const ShardItems& work, const double* slots, in
   constexpr std::int64_t kFew = 64;
   __shared__ double partial[kPeerThreads];
   const Range segments = work.segments_of_block();
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = lane_of_warp();
   for (std::int64_t s = segments.begin + warp; s < segments.end; s += kPeerWarps) {
     const Range mine = work.slots(s);
     if (length(mine) > kFew) continue;

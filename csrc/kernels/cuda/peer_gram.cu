@@ -11,7 +11,7 @@ template <typename T, int kRanks>
 __global__ void __launch_bounds__(kPeerThreads, 1) gram_kernel(PeerAdasum args) {
   constexpr int kPairs = gram_numel(kRanks);
   const int size = args.peers.size;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int lane = lane_of_warp();
   T* const stage = static_cast<T*>(args.stage);
   double sums[kPairs];
 #pragma unroll
@@ -30,10 +30,7 @@ __global__ void __launch_bounds__(kPeerThreads, 1) gram_kernel(PeerAdasum args) 
     Slices<T, kRanks> slices;
 #pragma unroll
     for (int r = 0; r < kRanks; ++r)
-      if (r < size)
-        slices.of[r] = load(static_cast<const T*>(args.peers.in[r]) + i);
-      else
-        slices.of[r].words = uint4{0, 0, 0, 0};
+      slices.of[r] = load_if(r < size, static_cast<const T*>(args.peers.in[r]) + i);
     return slices;
   };
   const auto use_slices = [&](std::int64_t i, const Slices<T, kRanks>& slices) {
@@ -85,9 +82,9 @@ __global__ void __launch_bounds__(kPeerThreads, 1) gram_kernel(PeerAdasum args) 
 }  // namespace
 
 void launch_peer_gram(const PeerAdasum& args, DType dtype, int blocks, Stream stream) {
-  with_float_type(dtype, "peer_adasum", [&](auto element) {
+  for_float(dtype, "peer_adasum", [&]<typename T>(TypeTag<T>) {
     with_capacity(args.peers.size, [&](auto ranks) {
-      launch(gram_kernel<decltype(element), ranks()>, blocks, kPeerThreads, stream, args);
+      launch(gram_kernel<T, ranks()>, blocks, kPeerThreads, stream, args);
     });
   });
 }

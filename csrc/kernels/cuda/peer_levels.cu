@@ -2,6 +2,7 @@
 // and never stored; their products and sums are double. So a node's squared norm is wrong by a part
 // of itself however much its leaves cancel: relative error about n / 256 * 2^-53 for a segment of n
 // elements in a shard. Fixed order; shards in rank order.
+#include "kernels/cuda/block_sum.cuh"
 #include "kernels/cuda/peer_adasum.cuh"
 
 namespace adareduce::cuda {
@@ -9,9 +10,9 @@ namespace {
 
 // Adds <x, y>, |x|^2, |y|^2 of one element to `stats`.
 __device__ inline void add_products(double x, double y, double (&stats)[kStatsPerSegment]) {
-  stats[0] += x * y;
-  stats[1] += x * x;
-  stats[2] += y * y;
+  stats[0] = add_product(stats[0], x, y);
+  stats[1] = add_product(stats[1], x, x);
+  stats[2] = add_product(stats[2], y, y);
 }
 
 // This thread's part of the products of two nodes over the part of a segment in this rank's shard.
@@ -33,8 +34,8 @@ __device__ void products_of_nodes(const PeerAdasum& args, Range part, const doub
 #pragma unroll
           for (int e = 0; e < kNumel; ++e) {
             const double value = value_of(slice.elements[e]);
-            x[e] += of_x * value;
-            y[e] += of_y * value;
+            x[e] = add_product(x[e], of_x, value);
+            y[e] = add_product(y[e], of_y, value);
           }
         }
 #pragma unroll
@@ -44,8 +45,8 @@ __device__ void products_of_nodes(const PeerAdasum& args, Range part, const doub
         double x = 0, y = 0;
         for (int r = 0; r < args.peers.size; ++r) {
           const double value = value_of(stage[r * args.stage_stride + (i - begin)]);
-          if (lower >> r & 1u) x += c[r] * value;
-          if (upper >> r & 1u) y += c[r] * value;
+          if (lower >> r & 1u) x = add_product(x, c[r], value);
+          if (upper >> r & 1u) y = add_product(y, c[r], value);
         }
         add_products(x, y, stats);
       });
@@ -75,17 +76,16 @@ __device__ void combine_node(const PeerAdasum& args, std::int64_t segment, int n
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPeerThreads) levels_kernel(PeerAdasum args) {
+__global__ void __launch_bounds__(kPeerThreads, 1) levels_kernel(PeerAdasum args) {
   __shared__ unsigned leaves[2 * GramTree::kMaxLeaves - 1];
   __shared__ int heights[2 * GramTree::kMaxLeaves - 1];
-  __shared__ double of_warp[kPeerWarps][kStatsPerSegment];
   const Range segments = args.work.segments_of_block();
   const int thread = static_cast<int>(threadIdx.x), size = args.peers.size;
   const int nodes = args.tree.num_nodes();
 
   // Every warp looks at all of them, and so does the block of this index on every rank.
   bool found = false;
-  for (std::int64_t s = segments.begin + thread % kWarp; s < segments.end; s += kWarp)
+  for (std::int64_t s = segments.begin + lane_of_warp(); s < segments.end; s += kWarp)
     found = found || args.is_flagged(s);
   if (!__any_sync(kWholeWarp, found)) return;
 
@@ -111,17 +111,11 @@ __global__ void __launch_bounds__(kPeerThreads) levels_kernel(PeerAdasum args) {
         double stats[kStatsPerSegment] = {};
         products_of_nodes<T>(args, part, args.coefficients + s * size, leaves[args.tree.lower[n]],
                              leaves[args.tree.upper[n]], stats);
-        for (int k = 0; k < kStatsPerSegment; ++k) {
-          const double sum = sum_of_warp(stats[k]);
-          if (thread % kWarp == 0) of_warp[thread / kWarp][k] = sum;
-        }
-        __syncthreads();
-        if (thread < kStatsPerSegment) {
-          double sum = 0;
-          for (int w = 0; w < kPeerWarps; ++w) sum += of_warp[w][thread];
-          for (int r = 0; r < size; ++r) args.stats(r, args.peers.rank, s, n)[thread] = sum;
-        }
-        __syncthreads();
+        sum_over_block(stats);
+        if (thread == 0)
+          for (int r = 0; r < size; ++r)
+            for (int k = 0; k < kStatsPerSegment; ++k)
+              args.stats(r, args.peers.rank, s, n)[k] = stats[k];
       }
     }
     meet_peers(args.peers);
@@ -136,8 +130,8 @@ __global__ void __launch_bounds__(kPeerThreads) levels_kernel(PeerAdasum args) {
 }  // namespace
 
 void launch_peer_levels(const PeerAdasum& args, DType dtype, int blocks, Stream stream) {
-  with_float_type(dtype, "peer_adasum", [&](auto element) {
-    launch(levels_kernel<decltype(element)>, blocks, kPeerThreads, stream, args);
+  for_float(dtype, "peer_adasum", [&]<typename T>(TypeTag<T>) {
+    launch(levels_kernel<T>, blocks, kPeerThreads, stream, args);
   });
 }
 

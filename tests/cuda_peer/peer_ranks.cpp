@@ -1,10 +1,10 @@
 // P virtual ranks of one process, each with a stream and buffers of its own, that run the kernels
-// over peers' memory. A C library for tests/peer_ranks.py: functions return null or an error's text,
-// which stays until the next call.
+// over peers' memory. A C library for tests/peer_ranks.py: functions return null or an error's
+// text, which stays until the next call.
 #include <cuda_runtime.h>
 
-#include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/launch.h"
@@ -77,7 +77,7 @@ struct Ranks {
   GramTree tree;
 
   Ranks(int size, int num_blocks, DType dtype, std::int64_t numel,
-        std::vector<TensorSegment> all_segments, std::uint64_t deadline_ns)
+        std::vector<TensorSegment> all_segments, std::uint64_t deadline_ns, bool in_place)
       : size(size),
         dtype(dtype),
         numel(numel),
@@ -113,7 +113,7 @@ struct Ranks {
     }
     for (VirtualRank& rank : ranks) {
       in.push_back(rank.in.get());
-      out.push_back(rank.out.get());
+      out.push_back(in_place ? rank.in.get() : rank.out.get());
       scalars.push_back(rank.scalars.get());
       flags.push_back(rank.flags.get());
     }
@@ -179,13 +179,13 @@ extern "C" {
 
 EXPORT const char* peers_make(int size, int num_blocks, int dtype, std::int64_t numel,
                               std::int64_t num_segments, const std::int64_t* offsets,
-                              const std::int64_t* numels, std::uint64_t deadline_ns,
+                              const std::int64_t* numels, std::uint64_t deadline_ns, int in_place,
                               const signed char* lower, const signed char* upper, Ranks** made) {
   return guarded([&] {
     std::vector<TensorSegment> segments;
     for (std::int64_t s = 0; s < num_segments; ++s) segments.push_back({offsets[s], numels[s]});
     *made = new Ranks(size, num_blocks, static_cast<DType>(dtype), numel, std::move(segments),
-                      deadline_ns);
+                      deadline_ns, in_place != 0);
     (*made)->tree.size = size;
     for (int n = 0; n + 1 < size; ++n) {
       (*made)->tree.lower[n] = lower[n];
@@ -195,7 +195,7 @@ EXPORT const char* peers_make(int size, int num_blocks, int dtype, std::int64_t 
 }
 EXPORT void peers_free(Ranks* ranks) { delete ranks; }
 
-// Of a rank: 0 in, 1 out, 2 orthogonality, 3 cancellation, 4 squares.
+// Of a rank: 0 in, 1 out, 2 orthogonality, 3 cancellation, 4 squares, 5 flags, 6 epochs.
 void* place(VirtualRank& rank, int which) {
   switch (which) {
     case 0:
@@ -206,8 +206,12 @@ void* place(VirtualRank& rank, int which) {
       return rank.orthogonality.get();
     case 3:
       return rank.cancellation.get();
-    default:
+    case 4:
       return rank.squares.get();
+    case 5:
+      return rank.flags.get();
+    default:
+      return rank.epochs.get();
   }
 }
 EXPORT const char* peers_write(Ranks* ranks, int rank, int which, const void* from,
