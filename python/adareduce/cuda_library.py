@@ -5,6 +5,7 @@ Nothing here needs torch. Importing ``_cuda`` starts no CUDA; CPU users never im
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from pathlib import Path
@@ -30,6 +31,7 @@ def why_missing() -> str:
     return BUILD.get("cuda_reason", "")
 
 
+@functools.cache  # the path must be set once, before NCCL is looked for
 def load() -> ModuleType:
     """The module ``_cuda``, told where pip puts NCCL. Not collective.
 
