@@ -10,6 +10,7 @@ import torch
 
 from adareduce import cuda_library
 from adareduce.runtime import ProcessSet, global_process_set, reject_call
+from adareduce.torch import streams
 from adareduce.torch.adascale_arguments import check_distributed, check_schedule, own_reducer
 from adareduce.torch.adascale_steps import DeviceSteps, HostSteps, Parts, Steps
 from adareduce.torch.device_gain import Progress
@@ -82,9 +83,9 @@ class AdaScale(torch.optim.Optimizer):
             )
         if not self._reducer.process_set.included():
             raise ValueError("AdaScale: process_set must include this rank, got one that does not")
-        devices = {parameter.device for parameter in self._parameters()}
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
-        is_on_gpu = len(devices) == 1 and device.type == "cuda" and cuda_library.is_built()
+        gpus = {streams.device_of(parameter) for parameter in self._parameters()}
+        is_on_gpu = len(gpus) == 1 and None not in gpus and cuda_library.is_built()
         rates = choose_rates(rates, getattr(optimizer, "_optimizer", optimizer), is_on_gpu)
         num_groups = len(optimizer.param_groups)
         self._estimator = GainEstimator(

@@ -99,7 +99,7 @@ class Bucket:
         self.presence = torch.ones(
             len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
-        self.is_on_gpu = self.presence.is_cuda
+        self.is_on_gpu = streams.device_of(self.presence) is not None
         self.handle: Handle | None = None
         self.contexts: list[Any] = []
         self.stats: ReductionStats | None = None

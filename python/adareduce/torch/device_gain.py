@@ -57,7 +57,6 @@ class DeviceGain:
         self._estimator = estimator
         self._is_per_group = is_per_group
         self._device = device
-        self._launch = _launch_of(device)
         groups, entries = estimator.num_groups, len(row_groups)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -101,7 +100,9 @@ class DeviceGain:
             "skips_f32": self.skips_f32,
             "report": self._report,
         }
-        self._copies = streams.CopyStream(self.tau.get_device()) if self.tau.is_cuda else None
+        gpu = streams.device_of(self.tau)
+        self._launch = _launch_on(gpu)
+        self._copies = None if gpu is None else streams.CopyStream(gpu)
         self._reporter = Reporter(self._report, self._copies)
 
     def step(
@@ -191,15 +192,14 @@ class DeviceGain:
         self._reporter = Reporter(self._report, self._copies)
 
 
-def _launch_of(device: torch.device) -> Callable[[Mapping[str, float], Mapping[str, int]], None]:
-    """``gain_step`` of the module that knows the device."""
-    if device.type != "cuda":
+def _launch_on(gpu: int | None) -> Callable[[Mapping[str, float], Mapping[str, int]], None]:
+    """``gain_step`` of the module that knows the device; None is the CPU."""
+    if gpu is None:
         return _core.gain_step
     module = cuda_library.load()
-    index = streams.current_device() if device.index is None else device.index
 
     def launch(numbers: Mapping[str, float], memory: Mapping[str, int]) -> None:
-        module.gain_step(numbers, memory, streams.current(index))
+        module.gain_step(numbers, memory, streams.current(gpu))
 
     return launch
 
