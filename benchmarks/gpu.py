@@ -116,9 +116,11 @@ def preparation(given: argparse.Namespace, architecture: str) -> list[Stage]:
     }
     info = [sys.executable, "-m", "adareduce.info"]
     logs = f"{given.out}/logs/*-build.log {given.out}/stages.log"
+    # A build that goes on from an earlier one compiles, and reports, only what has changed.
+    kept = ROOT / "build" / "gpu-ptxas.log"
     resources = (
-        f"exec {sys.executable} {ROOT}/benchmarks/kernel_resources.py"
-        f" --log $(ls {logs} 2>/dev/null | head -n 1)"
+        f"cat $(ls {logs} 2>/dev/null | head -n 1) >> {kept};"
+        f" exec {sys.executable} {ROOT}/benchmarks/kernel_resources.py --log {kept}"
     )
     return [
         *stages,
