@@ -102,11 +102,12 @@ def all_stages(given: argparse.Namespace, origin: dict[str, Any]) -> list[Stage]
 
 def preparation(given: argparse.Namespace, architecture: str) -> list[Stage]:
     """What the others need."""
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
+    pip += ["--disable-pip-version-check"]
     stages = []
     if given.wheels:
         files = [str(file) for file in sorted(given.wheels.absolute().glob("*.whl"))]
-        stages.append(Stage("wheels", [*pip, "--no-index", *files], 60))
+        stages.append(Stage("wheels", [*pip, *files], 60))
     build = [*pip, "-v", "--no-build-isolation", "-C", f"build-dir={ROOT}/build/gpu"]
     build += ["-C", "cmake.define.ADAREDUCE_CUDA_RESOURCES=ON", "--force-reinstall", str(ROOT)]
     variables = {
