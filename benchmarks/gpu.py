@@ -102,11 +102,12 @@ def all_stages(given: argparse.Namespace, origin: dict[str, Any]) -> list[Stage]
 
 def preparation(given: argparse.Namespace, architecture: str) -> list[Stage]:
     """What the others need."""
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
+    pip += ["--disable-pip-version-check"]
     stages = []
     if given.wheels:
         files = [str(file) for file in sorted(given.wheels.absolute().glob("*.whl"))]
-        stages.append(Stage("wheels", [*pip, "--no-index", *files], 60))
+        stages.append(Stage("wheels", [*pip, *files], 60))
     build = [*pip, "-v", "--no-build-isolation", "-C", f"build-dir={ROOT}/build/gpu"]
     build += ["-C", "cmake.define.ADAREDUCE_CUDA_RESOURCES=ON", "--force-reinstall", str(ROOT)]
     variables = {
@@ -116,9 +117,11 @@ def preparation(given: argparse.Namespace, architecture: str) -> list[Stage]:
     }
     info = [sys.executable, "-m", "adareduce.info"]
     logs = f"{given.out}/logs/*-build.log {given.out}/stages.log"
+    # A build that goes on from an earlier one compiles, and reports, only what has changed.
+    kept = ROOT / "build" / "gpu-ptxas.log"
     resources = (
-        f"exec {sys.executable} {ROOT}/benchmarks/kernel_resources.py"
-        f" --log $(ls {logs} 2>/dev/null | head -n 1)"
+        f"cat $(ls {logs} 2>/dev/null | head -n 1) >> {kept};"
+        f" exec {sys.executable} {ROOT}/benchmarks/kernel_resources.py --log {kept}"
     )
     return [
         *stages,
