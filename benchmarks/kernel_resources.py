@@ -24,7 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90", "100", "120")
 # Kernels over segments or groups, not over elements: a spill there costs nothing that shows.
-_SMALL = (r"finalise", r"group_stats", r"coefficients", r"leaf_squares", r"gain", r"schedule")
+_SMALL = (
+    r"finalise",
+    r"levels_kernel",
+    r"group_stats",
+    r"coefficients",
+    r"leaf_squares",
+    r"gain",
+    r"schedule",
+)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
 _FUNCTION = re.compile(r"Function properties for (\w+)")
 _MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
