@@ -287,6 +287,22 @@ def test_states_go_between_host_and_device(form, rank):
     assert_near(whole, on_host, FORMS[form][2])
 
 
+def test_a_state_brings_the_form_of_its_optimizer_as_in_torch(rank):
+    # Oracle: the run that was not interrupted and took shares.
+    whole, fused, share = make("Adam", "foreach"), make("Adam", "fused"), make("Adam", "loop")
+    for step in range(8):
+        if step == 4:
+            state = whole[1].state_dict()
+            with pytest.raises(ValueError, match=r"with fused=True, .* got Adam without"):
+                fused[1].load_state_dict(state)
+            share[0].load_state_dict(whole[0].state_dict())
+            share[1].load_state_dict(state)
+        for each in (whole, share)[: 1 + (step >= 4)]:
+            backward(*each, step, rank, 2)
+            each[1].step()
+    assert_near(share, whole, EXACT)
+
+
 def test_more_passes_make_the_scale_larger_also_from_one_worker_on(rank, size):
     mine, theirs = make("SGD", "foreach", passes=1), make_expected("SGD", "loop", passes=1)
     for step in range(8):

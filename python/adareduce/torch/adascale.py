@@ -85,8 +85,9 @@ class AdaScale(torch.optim.Optimizer):
             raise ValueError("AdaScale: process_set must include this rank, got one that does not")
         device = next((p.device for p in self._parameters()), torch.device("cpu"))
         gpus = {streams.device_of(parameter) for parameter in self._parameters()}
-        is_on_gpu = len(gpus) == 1 and None not in gpus and cuda_library.is_built()
-        rates = choose_rates(rates, getattr(optimizer, "_optimizer", optimizer), is_on_gpu)
+        self._is_on_gpu = len(gpus) == 1 and None not in gpus and cuda_library.is_built()
+        self._wanted_rates = rates
+        rates = self._choose_rates()
         num_groups = len(optimizer.param_groups)
         self._estimator = GainEstimator(
             num_groups, self._count(), scale, device=device, **estimator
@@ -292,7 +293,8 @@ class AdaScale(torch.optim.Optimizer):
         """Continues from ``state_dict()``, also on another number of ranks. Not collective.
 
         Raises:
-            ValueError: The state is not AdaScale's, or has another number of groups.
+            ValueError: The state is not AdaScale's, has another number of groups, or is of an
+                optimizer that cannot take its ``rates``.
         """
         if "adascale" not in state_dict:
             raise ValueError(
@@ -300,11 +302,16 @@ class AdaScale(torch.optim.Optimizer):
             )
         self._steps.load_state_dict(state_dict["adascale"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._steps.follow_optimizer(self._choose_rates())  # groups bring their form, as in torch
 
     # ---- behind the scenes ------------------------------------------------------------------
 
     def _parameters(self) -> Iterator[torch.nn.Parameter]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _choose_rates(self) -> str:
+        innermost = getattr(self.optimizer, "_optimizer", self.optimizer)  # of a distributed one
+        return choose_rates(self._wanted_rates, innermost, self._is_on_gpu)
 
     def _count(self) -> int:
         """Micro-batches of a step."""

@@ -89,6 +89,9 @@ class Steps:
     def follow_estimator(self) -> None:
         """The estimator's count and scale have changed."""
 
+    def follow_optimizer(self, rates: str) -> None:
+        """The optimizer has other groups, and maybe another form: ``choose_rates``."""
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors only."""
         raise NotImplementedError
@@ -225,10 +228,8 @@ class DeviceSteps(Steps):
             parts.estimator, parts.per_group, row_groups, row_width, parts.reducer.num_tensors,
             schedule, parts.device,
         )  # fmt: skip
-        peaks = None if schedule is None else schedule.amax(0).tolist()
-        self._step = DeviceStep(
-            parts.optimizer, self._rates, self._gain, parts.estimator.scale, peaks
-        )
+        self._peaks = None if schedule is None else schedule.amax(0).tolist()
+        self.follow_optimizer(self._rates)
 
     @property
     @override
@@ -295,6 +296,14 @@ class DeviceSteps(Steps):
             self._build()
             self.load_state_dict(state)
         self._step.set_scale(self._parts.estimator.scale)
+
+    @override
+    def follow_optimizer(self, rates: str) -> None:
+        self._rates = rates
+        parts = self._parts
+        self._step = DeviceStep(
+            parts.optimizer, rates, self._gain, parts.estimator.scale, self._peaks
+        )
 
     @override
     def state_dict(self) -> dict[str, torch.Tensor]:
