@@ -133,7 +133,9 @@ DevicePlan& DeviceGroup::prepare(Request request, std::vector<std::int64_t> rows
     const DeviceGuard guard(args_.device);
     const Abilities abilities{
         .has_nccl = nccl_ != nullptr,
-        .has_peers = choice_.path == ADAREDUCE_CUDA_PEER || choice_.peer_memory_is_possible,
+        // Where NCCL was asked for, it moves everything.
+        .has_peers = choice_.path == ADAREDUCE_CUDA_PEER ||
+                     (choice_.peer_memory_is_possible && args_.path == ADAREDUCE_CUDA_AUTO),
         .prefers_peers = choice_.path == ADAREDUCE_CUDA_PEER};
     plan = std::make_unique<DevicePlan>(
         make_device_plan(std::move(request), std::move(rows), args_.rank, args_.size, abilities));
