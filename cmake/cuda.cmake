@@ -10,7 +10,10 @@ set(ADAREDUCE_CUDA_VERSION "")
 set(kernel_sources)
 list(TRANSFORM kernel_sources PREPEND csrc/kernels/cuda/)
 set(host_sources
-  csrc/engine/cuda/device_group.cpp)
+  csrc/engine/cuda/device_group.cpp
+  csrc/transports/nccl/nccl_library.cpp
+  csrc/transports/nccl/nccl_call.cpp
+  csrc/transports/nccl/nccl_communicator.cpp)
 
 if(ADAREDUCE_CUDA STREQUAL "OFF")
   set(ADAREDUCE_CUDA_REASON "ADAREDUCE_CUDA is OFF")
