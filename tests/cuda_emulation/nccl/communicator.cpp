@@ -1,6 +1,5 @@
 #include "communicator.h"
 
-#include <cuda_runtime.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -92,7 +91,17 @@ Span written_by(const Op& op, int, int size) {
 
 Communicator::Communicator(const std::string& name, int rank, int size, int version)
     : mesh_(name, rank, size), is_connected_(index(size), false) {
+  cudaEventCreateWithFlags(&event_, cudaEventDisableTiming);
+  use_device("init");
   say_hello(version);
+}
+
+Communicator::~Communicator() { cudaEventDestroy(event_); }
+
+void Communicator::use_device(const char* when) {
+  const cudaError_t status = cudaEventQuery(event_);
+  if (status != cudaSuccess)
+    fail(nccl::ncclUnhandledCudaError, std::string(when) + ": " + cudaGetErrorName(status), true);
 }
 
 void Communicator::say_hello(int version) {
@@ -278,6 +287,7 @@ void Communicator::fail(nccl::ncclResult_t result, const std::string& text, bool
 }
 
 nccl::ncclResult_t Communicator::destroy() {
+  use_device("ncclCommDestroy");
   {
     std::unique_lock lock(mutex_);
     const bool done = changed_.wait_for(lock, std::chrono::duration<double>(kGoodbyeSeconds),
@@ -313,6 +323,7 @@ nccl::ncclResult_t Communicator::destroy() {
 }
 
 void Communicator::abort() {
+  use_device("ncclCommAbort");
   is_gone_ = true;
   mesh_.interrupt();
   mesh_.hang_up();

@@ -1,5 +1,7 @@
 #pragma once
 // One rank of an emulated communicator: what its launches do when the stream reaches them.
+#include <cuda_runtime.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -57,6 +59,8 @@ class Communicator {
  public:
   /// Blocks until all have come. Throws SystemFailure; Mismatch where NCCL says invalid usage.
   Communicator(const std::string& name, int rank, int size, int version);
+  Communicator(const Communicator&) = delete;
+  ~Communicator();
 
   int rank() const { return mesh_.rank(); }
   int size() const { return mesh_.size(); }
@@ -74,11 +78,14 @@ class Communicator {
   void fail(nccl::ncclResult_t result, const std::string& text, bool is_loud);
 
  private:
+  /// As NCCL does where it makes and ends communicators; a capture may forbid it.
+  void use_device(const char* when);
   void say_hello(int version);
   void move(const std::vector<Op>& ops, bool is_captured);
   std::string describe(const Header& expected, const Header& got, int peer) const;
 
   Mesh mesh_;
+  cudaEvent_t event_ = nullptr;
   std::mutex running_;  // one launch at a time
   std::uint64_t sequence_ = 0;
   std::vector<bool> is_connected_;

@@ -196,6 +196,7 @@ EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int size, ncclUniqu
   if (config->blocking == 0) return refuse(ncclInvalidUsage, "only blocking is emulated");
   try {
     auto made = std::make_shared<Communicator>(id.internal, rank, size, version());
+    if (made->result() != ncclSuccess) return made->result();
     const std::lock_guard lock(mutex);
     *comm = reinterpret_cast<ncclComm_t>(last_handle += 16);
     communicators[*comm] = std::move(made);

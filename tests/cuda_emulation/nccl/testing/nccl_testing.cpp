@@ -175,10 +175,13 @@ EXPORT int begin_capture(Ranked* r) {
 EXPORT int begin_global_capture(Ranked* r) {
   return guarded([&] { require(cudaStreamBeginCapture(r->stream, cudaStreamCaptureModeGlobal)); });
 }
-EXPORT int end_capture(Ranked* r, cudaGraphExec_t* out) {
+EXPORT int end_capture(Ranked* r, cudaGraphExec_t* out, int* num_nodes) {
   return guarded([&] {
     cudaGraph_t graph = nullptr;
     require(cudaStreamEndCapture(r->stream, &graph));
+    std::size_t count = 0;
+    require(cudaGraphGetNodes(graph, nullptr, &count));
+    *num_nodes = static_cast<int>(count);
     require(cudaGraphInstantiate(out, graph));
     require(cudaGraphDestroy(graph));
   });
