@@ -1,15 +1,20 @@
-"""What test_nccl_transport.py runs in processes of their own: python nccl_programs.py NAME ARGUMENT...
+"""What test_nccl_transport.py runs in processes of their own: nccl_programs.py NAME ARGUMENT...
 
-A program ends with status 0 or an exception. Inputs are small integers, exact in every type, so that
-results are compared with NumPy without a tolerance where nothing is divided.
+A program ends with status 0 or an exception. Inputs are small integers, exact in every type, so
+that results are compared with NumPy without a tolerance where nothing is divided.
 """
 
 from __future__ import annotations
 
+import ctypes
+import re
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
+import pytest
+
 from nccl_ranks import (
     FAKE,
     DeviceError,
@@ -35,28 +40,26 @@ REDUCE = {
 
 
 def inputs_of(dtype: str, size: int, numel: int) -> np.ndarray:
-    """[size][numel], the same wherever it is called. Products of five stay below 2^8."""
+    """[size][numel], the same wherever it is called. Products of five fit into every type."""
     random = np.random.default_rng([size, numel, DTYPES[dtype]])
-    low = 0 if dtype in ("uint8", "bool") else -3
-    return random.integers(low, 2 if dtype == "bool" else 4, (size, numel)).astype(np.float64)
+    low = 0 if dtype in ("uint8", "bool") else -2
+    return random.integers(low, 2 if dtype == "bool" else 3, (size, numel)).astype(np.float64)
 
 
 def expect(got: np.ndarray, want: np.ndarray, dtype: str, op: str, size: int) -> None:
     if op == "average":
-        # 1/size, each product with it and each sum are rounded: no partial sum exceeds 3.
-        bound = (2 * size + 1) * EPS[dtype] * 3
+        # 1/size, each product with it and each sum are rounded: no partial sum exceeds 2.
+        bound = (2 * size + 1) * EPS[dtype] * 2
         assert np.abs(got.astype(np.float64) - want).max(initial=0.0) <= bound
     else:
         np.testing.assert_array_equal(got.astype(np.float64), want)
 
 
-def raises(kind: type[Exception], part: str, body) -> str:
-    try:
+def raises(kind: type[Exception], part: str, body: Callable[[], object]) -> str:
+    """The text of the error, which contains `part`."""
+    with pytest.raises(kind, match=re.escape(part)) as caught:
         body()
-    except kind as error:
-        assert part in str(error), f"'{part}' is not in: {error}"
-        return str(error)
-    raise AssertionError(f"{kind.__name__} with '{part}' was not raised")
+    return str(caught.value)
 
 
 def reductions(size: int) -> None:
@@ -222,7 +225,7 @@ def groups(size: int) -> None:
             rank.end_group()
             rank.end_group()
 
-        def set_and_check(factor: int, run) -> None:
+        def set_and_check(factor: int, run: Callable[[], object]) -> None:
             rank.synchronize()
             inputs = factor * inputs_of("float32", size, numel)
             data.array[:] = inputs[rank.rank]
@@ -349,7 +352,7 @@ def mismatch(size: int, kind: str) -> None:
         elif kind == "root":
             rank.broadcast(data.address, data.address, 256, 1 if is_odd else 0)
         elif kind == "call" and is_odd:
-            rank.all_gather(other.address, data.address, 1, "float32")
+            rank.all_gather(other.address, data.address, 8, "float32")
         elif kind == "bytes":
             peer = (rank.rank + 1) % size
             before = (rank.rank - 1) % size
@@ -360,9 +363,11 @@ def mismatch(size: int, kind: str) -> None:
         rank.synchronize()
         met.wait()
         error = rank.async_error()
-        assert error != ""
-        written = other if kind == "bytes" else data
-        assert (written.array[:5].view(np.uint8) == 0xFF).all()
+        # A message concerns two ranks, and only its receiver can know.
+        if kind != "bytes" or rank.rank == 0:
+            written = other if kind == "bytes" else data
+            assert error != ""
+            assert (written.array[:5].view(np.uint8) == 0xFF).all()
         rank.abort("the ranks disagree")
         raises(DeviceError, "the ranks disagree", lambda: rank.all_reduce(data, data, "sum"))
         return error
@@ -402,9 +407,11 @@ def abort_of_a_launch(size: int) -> None:
             rank.destroy()  # while the others have not even heard of it
         met.wait()
         if rank.rank != 0:
-            rank.all_reduce(data, data, "sum")
-            rank.synchronize()
-            assert "rank 0 is gone" in rank.async_error()
+            for _ in range(2):  # the first may find what rank 0 had sent
+                rank.all_reduce(data, data, "sum")
+                rank.synchronize()
+            error = rank.async_error()
+            assert "is gone" in error, error
             rank.destroy()
 
     run_ranks(size, program, destroy=False)
@@ -420,7 +427,7 @@ def abort_of_a_call() -> None:
             watchdog = threading.Thread(target=lambda: (started.wait(), rank.abort("too long")))
             watchdog.start()
             started.set()
-            text = raises(DeviceError, "", lambda: rank.all_reduce(data, data, "sum"))
+            text = raises(DeviceError, "rank 0 of 2: ", lambda: rank.all_reduce(data, data, "sum"))
             assert "internal error" in text or "too long" in text, text
             watchdog.join()
             raises(DeviceError, "too long", lambda: rank.all_reduce(data, data, "sum"))
@@ -448,10 +455,10 @@ def abort_in_a_group() -> None:
             while rank.async_error() == "" and watchdog.is_alive():
                 try:
                     rank.all_reduce(data, data, "max", numel=0)
-                except DeviceError as error:
-                    assert "from another" in str(error)
+                except DeviceError:
                     break
             watchdog.join()
+            assert rank.async_error() == "from another"
             raises(UsageError, "no group is open", rank.end_group)
         raises(DeviceError, "from", lambda: rank.all_reduce(data, data, "sum"))
 
@@ -461,8 +468,6 @@ def abort_in_a_group() -> None:
 def asynchronous_error() -> None:
     """Words of an error that happens later; the communicator is aborted when it is destroyed."""
     met = threading.Barrier(2)
-    import ctypes
-
     fail = ctypes.CDLL(str(FAKE)).fakeNcclFail
 
     def program(rank: Rank) -> None:
@@ -493,11 +498,12 @@ def capture_elsewhere() -> None:
     def program(rank: Rank) -> None:
         single: list[Rank] = []
         data = rank.memory("float32", np.ones(8))
+        ready.wait()
         if rank.rank == 0:
             rank.begin_capture(everywhere=True)
             ready.wait()
             ready.wait()
-            graph, nodes = rank.end_capture()
+            _, nodes = rank.end_capture()
             assert nodes == 0
             ready.wait()
         else:
@@ -564,8 +570,6 @@ def rank_of_a_job(rank: str, size: str, id_file: str) -> None:
 
 
 def status() -> None:
-    import ctypes
-
     path, why_not = ctypes.c_char_p(), ctypes.c_char_p()
     version = library.status(ctypes.byref(path), ctypes.byref(why_not))
     print(version, (path.value or b"").decode(), (why_not.value or b"").decode(), sep="\n")
@@ -582,8 +586,6 @@ def status_with_search_path(folder: str) -> None:
 
 
 def status_with_loaded(*paths: str) -> None:
-    import ctypes
-
     for path in paths:
         ctypes.CDLL(path)
     status()
@@ -622,14 +624,10 @@ def pure_parts() -> None:
 
 def make_without_nccl() -> None:
     """All ranks fail alike, and none waits for another."""
-    try:
-        run_ranks(2, lambda rank: None)
-    except DeviceError as error:
-        assert "NCCL cannot be used" in str(error)
-        return
-    raise AssertionError("there was an NCCL")
+    raises(DeviceError, "NCCL cannot be used", lambda: run_ranks(2, lambda rank: None))
 
 
 if __name__ == "__main__":
     name, *texts = sys.argv[1:]
-    globals()[name](*(int(text) if text.isdigit() and name != "rank_of_a_job" else text for text in texts))
+    is_job = name == "rank_of_a_job"  # whose arguments are words
+    globals()[name](*(int(text) if text.isdigit() and not is_job else text for text in texts))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from thread_ranks import DTYPES, OPS, STORAGE
 
 _FOLDER = Path(os.environ["NCCL_TESTING"])
@@ -117,9 +118,7 @@ class Rank:
         count = source.numel if numel is None else numel
         code = DTYPES[source.dtype]
         check(
-            library.all_reduce(
-                self._native, source.address, target.address, count, code, OPS[op]
-            )
+            library.all_reduce(self._native, source.address, target.address, count, code, OPS[op])
         )
 
     def all_gather(self, source: int, target: int, numel: int, dtype: str) -> None:
@@ -214,6 +213,7 @@ def run_ranks(
             arrived.wait()
             return first[0]
 
+        rank = None
         try:
             rank = Rank(number, size, exchange, device_of(number))
             results[number] = program(rank)
@@ -222,6 +222,8 @@ def run_ranks(
         except BaseException as error:
             failures.append((number, error))
             traceback.print_exc()
+            if rank is not None:
+                rank.abort("the program has failed")  # or the others wait
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(size)]
     for thread in threads:

@@ -96,7 +96,7 @@ class Programs:
             out, err = process.communicate()
             pytest.fail(f"{arguments} hangs:\n{out}\n{err}", pytrace=False)
         if process.returncode != 0:
-            pytest.fail(f"{arguments} ended with {process.returncode}:\n{out}\n{err}", pytrace=False)
+            pytest.fail(f"{arguments}: status {process.returncode}\n{out}\n{err}", pytrace=False)
         return out, err
 
     def status(self, *arguments: object) -> tuple[int, str, str]:
@@ -241,7 +241,7 @@ def test_without_nccl_the_status_says_why_not(programs):
     programs.run("make_without_nccl")
 
 
-def test_a_library_that_the_variable_names_and_that_is_not_there_is_not_replaced(programs, tmp_path):
+def test_a_missing_library_that_the_variable_names_is_not_replaced(programs, tmp_path):
     programs.environment["ADAREDUCE_NCCL_SO"] = str(tmp_path / "none.so")
     version, _, why_not = programs.status("status_with_search_path", programs.fake.parent)
     assert version == 0

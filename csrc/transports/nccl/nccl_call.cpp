@@ -1,5 +1,7 @@
 #include "transports/nccl/nccl_call.h"
 
+#include <string_view>
+
 #include "base/errors.h"
 #include "transports/nccl/nccl_library.h"
 
@@ -26,8 +28,10 @@ std::string words_of(const NcclFunctions& functions, ncclResult_t result) {
 void check(const NcclFunctions& functions, ncclResult_t result, const char* call, const char* file,
            int line) {
   if (result == ncclSuccess) return;
+  const std::string_view path = file;
+  const auto name = path.substr(path.rfind('/') + 1);
   throw Failure{result,
-                concat(call, ": ", words_of(functions, result), " (", file, ":", line, ")")};
+                concat(call, ": ", words_of(functions, result), " (", name, ":", line, ")")};
 }
 
 ncclDataType_t type_of(DType dtype) {

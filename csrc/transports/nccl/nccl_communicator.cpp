@@ -16,7 +16,7 @@ namespace {
 
 // How long an abort waits for a thread to come out of NCCL. Longer is a call that waits for a peer,
 // which only the abort can end.
-constexpr std::chrono::seconds kGrace{5};
+constexpr std::chrono::seconds kGrace{2};
 
 // Another thread may be capturing a graph, which calls of CUDA in this one would invalidate.
 class RelaxedCapture {

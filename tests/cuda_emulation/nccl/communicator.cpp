@@ -253,9 +253,10 @@ void Communicator::move(const std::vector<Op>& ops, bool is_captured) {
 
 void Communicator::run(const std::vector<Op>& ops, bool is_captured) {
   const std::lock_guard lock(running_);
-  if (is_gone_) say("a launch of a communicator that is destroyed or aborted does nothing", true);
   try {
-    if (is_gone_ || result_ != nccl::ncclSuccess) throw Interrupted{};
+    if (is_gone_ && result_ == nccl::ncclSuccess)
+      throw Mismatch{"a launch of a communicator that is destroyed"};
+    if (result_ != nccl::ncclSuccess) throw Interrupted{};
     move(ops, is_captured);
     return;
   } catch (const Mismatch& mismatch) {
@@ -325,6 +326,8 @@ nccl::ncclResult_t Communicator::destroy() {
 void Communicator::abort() {
   use_device("ncclCommAbort");
   is_gone_ = true;
+  auto none = nccl::ncclSuccess;
+  result_.compare_exchange_strong(none, nccl::ncclInternalError);
   mesh_.interrupt();
   mesh_.hang_up();
   const std::lock_guard lock(running_);  // what is on the device comes to an end
