@@ -127,7 +127,7 @@ def exchanges(size: int) -> None:
     """Every rank sends a different number of bytes to every other, some none, in one exchange."""
 
     def numel(sender: int, receiver: int) -> int:
-        return (sender * 5 + receiver * 3) % 7 * 1000
+        return (sender * 5 + receiver * 3) % 7 * 40000  # more than a socket buffers
 
     def program(rank: Rank) -> None:
         for _ in range(2):
@@ -463,6 +463,25 @@ def abort_in_a_group() -> None:
         raises(DeviceError, "from", lambda: rank.all_reduce(data, data, "sum"))
 
     run_ranks(2, program)
+
+
+def abandoned() -> None:
+    """A rank that has given up does not wait for the others when it is destroyed."""
+    left = threading.Event()
+
+    def program(rank: Rank) -> None:
+        data = rank.memory("float32", np.ones(8))
+        rank.all_reduce(data, data, "sum")
+        rank.synchronize()
+        if rank.rank == 0:
+            rank.abandon()
+            rank.destroy()
+            left.set()
+        else:
+            left.wait()
+            rank.destroy()
+
+    run_ranks(2, program, destroy=False)
 
 
 def asynchronous_error() -> None:

@@ -145,6 +145,11 @@ def test_an_abort_drops_an_open_group(programs):
     programs.run("abort_in_a_group")
 
 
+def test_a_rank_that_has_given_up_waits_for_nobody(programs):
+    _, err = programs.run("abandoned")
+    assert "fake NCCL" not in err
+
+
 def test_an_asynchronous_error_is_reported_in_words(programs):
     programs.run("asynchronous_error")
 
