@@ -339,7 +339,7 @@ def refused_by_nccl() -> None:
 
 def mismatch(size: int, kind: str) -> None:
     """NCCL would hang or give wrong numbers; the fake says so on every rank that can know."""
-    met = threading.Barrier(size)
+    met = threading.Barrier(size, timeout=30)
 
     def program(rank: Rank) -> str:
         data, other = rank.memory("float32", np.ones(64)), rank.memory("float32", np.ones(64))
@@ -378,7 +378,7 @@ def mismatch(size: int, kind: str) -> None:
 
 def abort_of_a_launch(size: int) -> None:
     """Rank 0 is alone in an all-reduce; another thread aborts, and everything comes to an end."""
-    met = threading.Barrier(size)
+    met = threading.Barrier(size, timeout=30)
 
     def program(rank: Rank) -> None:
         data = rank.memory("float32", np.ones(8))
@@ -486,7 +486,7 @@ def abandoned() -> None:
 
 def asynchronous_error() -> None:
     """Words of an error that happens later; the communicator is aborted when it is destroyed."""
-    met = threading.Barrier(2)
+    met = threading.Barrier(2, timeout=30)
     fail = ctypes.CDLL(str(FAKE)).fakeNcclFail
 
     def program(rank: Rank) -> None:
@@ -512,7 +512,7 @@ def asynchronous_error() -> None:
 
 def capture_elsewhere() -> None:
     """Making, asking and aborting a communicator leaves another thread's capture alone."""
-    ready = threading.Barrier(2)
+    ready = threading.Barrier(2, timeout=30)
 
     def program(rank: Rank) -> None:
         single: list[Rank] = []

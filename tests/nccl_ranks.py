@@ -94,6 +94,7 @@ class Rank:
         self, rank: int, size: int, exchange: Callable[[bytes], bytes], device: int | None = None
     ) -> None:
         self.rank, self.size = rank, size
+        self._memory: list[Memory] = []
         self.device = rank if device is None else device
 
         def hand_around(mine: int, length: int, out: int) -> int:
@@ -107,12 +108,13 @@ class Rank:
 
     def memory(self, dtype: str, values: Any) -> Memory:
         values = np.asarray(values).ravel()
-        memory = Memory(self.device, dtype, values.size)
+        memory = self.empty(dtype, values.size)
         memory.array[:] = encode(dtype, values)
         return memory
 
     def empty(self, dtype: str, numel: int) -> Memory:
-        return Memory(self.device, dtype, numel)
+        self._memory.append(Memory(self.device, dtype, numel))
+        return self._memory[-1]
 
     def all_reduce(self, source: Memory, target: Memory, op: str, numel: int | None = None) -> None:
         count = source.numel if numel is None else numel
@@ -176,7 +178,10 @@ class Rank:
         check(library.replay(self._native, graph))
 
     def destroy(self) -> None:
+        """Frees the memory, too, where the emulation looks for writes beside it."""
         library.destroy(self._native)
+        for memory in self._memory:
+            library.release(memory.address)
 
 
 def encode(dtype: str, values: NDArray[Any]) -> NDArray[Any]:
@@ -201,7 +206,7 @@ def run_ranks(
     destroy: bool = True,
 ) -> list[Any]:
     """What `program` returns on each rank; the first exception of any is raised."""
-    arrived = threading.Barrier(size)
+    arrived = threading.Barrier(size, timeout=30)
     first: list[bytes] = []
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []

@@ -6,16 +6,16 @@ once per process. Oracle: NumPy on exact integers, where the program says nothin
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+
+import cpp_build
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "cuda_emulation"
@@ -24,43 +24,12 @@ SIZES = [1, 2, 3, 4, 5]
 LIMIT = 120.0  # seconds for a program that takes one
 
 
-def tool(name: str) -> str:
-    path = sysconfig.get_path("scripts") + os.pathsep + os.environ.get("PATH", os.defpath)
-    found = shutil.which(name, path=path)
-    return found if found is not None else pytest.skip(f"{name} is not installed")
-
-
-def digest() -> str:
-    """Of everything that is compiled."""
-    content = hashlib.sha256()
-    folders = [EMULATION, ROOT / "csrc" / "transports", ROOT / "csrc" / "base"]
-    for file in sorted(file for folder in folders for file in folder.rglob("*") if file.is_file()):
-        content.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    return content.hexdigest()
-
-
 @pytest.fixture(scope="session")
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the compiled libraries, kept in pytest's cache until a source changes."""
-    cache = getattr(request.config, "cache", None)
-    folder = Path(cache.mkdir("nccl-testing")) if cache else tmp_path_factory.mktemp("nccl-testing")
-    stamp, wanted = folder / "content", digest()
-    if stamp.exists() and stamp.read_text() == wanted:
-        return folder
-    stamp.unlink(missing_ok=True)
-    shutil.rmtree(folder)
-    folder.mkdir()
-    cmake, ninja = tool("cmake"), tool("ninja")
-    source = EMULATION / "nccl" / "testing"
-    for command in (
-        [cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", source, "-B", folder],
-        [cmake, "--build", folder],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-        if done.returncode != 0:
-            pytest.fail(done.stdout + done.stderr, pytrace=False)
-    stamp.write_text(wanted)
-    return folder
+    """The folder of the compiled libraries."""
+    sources = [EMULATION, ROOT / "csrc" / "transports", ROOT / "csrc" / "base"]
+    project = EMULATION / "nccl" / "testing"
+    return cpp_build.build(request, tmp_path_factory, "nccl-testing", project, sources)
 
 
 class Programs:
