@@ -444,6 +444,7 @@ def abort_in_a_group() -> None:
     def program(rank: Rank) -> None:
         data = rank.memory("float32", np.ones(8))
         rank.all_reduce(data, data, "sum")
+        rank.synchronize()
         rank.begin_group()
         rank.all_reduce(data, data, "sum")
         if rank.rank == 0:
@@ -482,6 +483,27 @@ def abandoned() -> None:
             rank.destroy()
 
     run_ranks(2, program, destroy=False)
+
+
+def graphs_stay(size: int, how: str) -> None:
+    """NCCL does not free a communicator while a graph holds a launch of it; nobody waits for that."""
+    met = threading.Barrier(size, timeout=30)
+
+    def program(rank: Rank) -> None:
+        data = rank.memory("float32", np.ones(8))
+        rank.all_reduce(data, data, "sum")
+        rank.begin_capture()
+        rank.all_reduce(data, data, "sum")
+        graph, _ = rank.end_capture()
+        rank.replay(graph)
+        rank.synchronize()
+        np.testing.assert_array_equal(decode(data), np.full(8, size**2))
+        met.wait()
+        if how == "abort":
+            rank.abort("enough")
+            raises(DeviceError, "enough", lambda: rank.all_reduce(data, data, "sum"))
+
+    run_ranks(size, program)
 
 
 def asynchronous_error() -> None:

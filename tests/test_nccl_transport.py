@@ -119,6 +119,12 @@ def test_a_rank_that_has_given_up_waits_for_nobody(programs):
     assert "fake NCCL" not in err
 
 
+@pytest.mark.parametrize("how", ["destroy", "abort"])
+def test_a_graph_that_stays_is_not_waited_for(programs, how):
+    programs.environment["FAKE_NCCL_GRAPHS_STAY"] = "1"
+    programs.run("graphs_stay", 2, how)
+
+
 def test_an_asynchronous_error_is_reported_in_words(programs):
     programs.run("asynchronous_error")
 

@@ -1,6 +1,9 @@
 #include "transports/nccl/nccl_call.h"
 
+#include <future>
 #include <string_view>
+#include <thread>
+#include <utility>
 
 #include "base/errors.h"
 #include "transports/nccl/nccl_library.h"
@@ -32,6 +35,22 @@ void check(const NcclFunctions& functions, ncclResult_t result, const char* call
   const auto name = path.substr(path.rfind('/') + 1);
   throw Failure{result,
                 concat(call, ": ", words_of(functions, result), " (", name, ":", line, ")")};
+}
+
+// Both calls wait until the last graph is destroyed that a launch was captured in (commDestroySync
+// in NCCL's init.cc), and users keep graphs for long.
+void end_communicator(ncclResult_t (*end)(ncclComm_t), ncclComm_t comm, bool is_in_graph) {
+  if (!is_in_graph) {
+    (void)end(comm);
+    return;
+  }
+  std::packaged_task<void()> task([end, comm] {
+    const RelaxedCapture relaxed;
+    (void)end(comm);
+  });
+  const std::future<void> done = task.get_future();
+  std::thread(std::move(task)).detach();
+  done.wait_for(kGrace);
 }
 
 ncclDataType_t type_of(DType dtype) {

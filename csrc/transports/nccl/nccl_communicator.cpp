@@ -1,7 +1,6 @@
 #include "transports/nccl/nccl_communicator.h"
 
 #include <algorithm>
-#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
@@ -13,21 +12,6 @@
 
 namespace adareduce::cuda {
 namespace {
-
-// How long an abort waits for a thread to come out of NCCL. Longer is a call that waits for a peer,
-// which only the abort can end.
-constexpr std::chrono::seconds kGrace{2};
-
-// Another thread may be capturing a graph, which calls of CUDA in this one would invalidate.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 // Whoever uses the stream finds the messages complete.
 class EnqueuedExchange final : public Exchange {
@@ -109,11 +93,15 @@ class Communicator final : public NcclCommunicator {
   std::string ended_;  // why no call is possible any more
   bool is_aborting_ = false;
   bool is_abandoned_ = false;
+  bool is_in_graph_ = false;  // something was captured
 };
 
 nccl::ncclComm_t Communicator::enter() {
   const std::lock_guard lock(mutex_);
   if (!ended_.empty()) throw DeviceError(concat(who(), ": NCCL's communicator is gone: ", ended_));
+  auto capture = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream_, &capture) == cudaSuccess)
+    is_in_graph_ = is_in_graph_ || capture != cudaStreamCaptureStatusNone;
   ++uses_;
   user_ = std::this_thread::get_id();
   return comm_;
@@ -273,14 +261,15 @@ std::string Communicator::asynchronous(nccl::ncclComm_t comm) const {
 }
 
 std::string Communicator::async_error() {
-  const RelaxedCapture relaxed;
+  const nccl::RelaxedCapture relaxed;
   const std::lock_guard lock(mutex_);
   return comm_ == nullptr ? ended_ : asynchronous(comm_);
 }
 
 void Communicator::abort(std::string_view why) {
-  const RelaxedCapture relaxed;
+  const nccl::RelaxedCapture relaxed;
   nccl::ncclComm_t comm = nullptr;
+  bool is_in_graph = false;
   {
     std::unique_lock lock(mutex_);
     if (comm_ == nullptr || is_aborting_) return;
@@ -293,10 +282,11 @@ void Communicator::abort(std::string_view why) {
       lock.lock();
     }
     // ncclCommAbort frees what a call that is under way works on.
-    changed_.wait_for(lock, kGrace, [&] { return uses_ == 0; });
+    changed_.wait_for(lock, nccl::kGrace, [&] { return uses_ == 0; });
     comm = std::exchange(comm_, nullptr);
+    is_in_graph = is_in_graph_;
   }
-  (void)nccl_.ncclCommAbort(comm);  // whatever it says, the communicator is gone
+  nccl::end_communicator(nccl_.ncclCommAbort, comm, is_in_graph);
   const std::lock_guard lock(mutex_);
   is_aborting_ = false;
   changed_.notify_all();
@@ -304,13 +294,14 @@ void Communicator::abort(std::string_view why) {
 
 Communicator::~Communicator() {
   drop_group();
-  const RelaxedCapture relaxed;
+  const nccl::RelaxedCapture relaxed;
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return !is_aborting_; });
   if (comm_ == nullptr) return;
   // ncclCommDestroy waits for the ranks of the node, of which one may be dead.
   const bool is_healthy = !is_abandoned_ && ended_.empty() && asynchronous(comm_).empty();
-  (void)(is_healthy ? nccl_.ncclCommDestroy(comm_) : nccl_.ncclCommAbort(comm_));
+  nccl::end_communicator(is_healthy ? nccl_.ncclCommDestroy : nccl_.ncclCommAbort, comm_,
+                         is_in_graph_);
 }
 
 }  // namespace
@@ -320,7 +311,7 @@ std::unique_ptr<NcclCommunicator> NcclCommunicator::make(
     const std::function<std::string(const std::string&)>& broadcast) {
   // What rank 0 says is what all act on: else the others would wait for a rank that has thrown.
   constexpr char kOk = 'y', kFailed = 'n';
-  const RelaxedCapture relaxed;
+  const nccl::RelaxedCapture relaxed;
   const bool has_nccl = nccl_status().version != 0;
   nccl::ncclUniqueId id{};
   std::string message;

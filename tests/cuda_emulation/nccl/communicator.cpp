@@ -287,8 +287,15 @@ void Communicator::fail(nccl::ncclResult_t result, const std::string& text, bool
   mesh_.hang_up();
 }
 
+void Communicator::wait_for_graphs() {
+  if (!is_in_graph_ || std::getenv("FAKE_NCCL_GRAPHS_STAY") == nullptr) return;
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [] { return false; });
+}
+
 nccl::ncclResult_t Communicator::destroy() {
   use_device("ncclCommDestroy");
+  wait_for_graphs();
   {
     std::unique_lock lock(mutex_);
     const bool done = changed_.wait_for(lock, std::chrono::duration<double>(kGoodbyeSeconds),
@@ -330,7 +337,10 @@ void Communicator::abort() {
   result_.compare_exchange_strong(none, nccl::ncclInternalError);
   mesh_.interrupt();
   mesh_.hang_up();
-  const std::lock_guard lock(running_);  // what is on the device comes to an end
+  {
+    const std::lock_guard lock(running_);  // what is on the device comes to an end
+  }
+  wait_for_graphs();
 }
 
 }  // namespace fake_nccl

@@ -72,6 +72,7 @@ class Communicator {
   /// In stream order. Outputs are bytes of 0xff afterwards if it fails.
   void run(const std::vector<Op>& ops, bool is_captured);
   void launched(int change);
+  void captured() { is_in_graph_ = true; }
 
   nccl::ncclResult_t destroy();
   void abort();
@@ -80,6 +81,8 @@ class Communicator {
  private:
   /// As NCCL does where it makes and ends communicators; a capture may forbid it.
   void use_device(const char* when);
+  /// NCCL waits until the graphs are destroyed; nobody tells the fake when that is.
+  void wait_for_graphs();
   void say_hello(int version);
   void move(const std::vector<Op>& ops, bool is_captured);
   std::string describe(const Header& expected, const Header& got, int peer) const;
@@ -91,6 +94,7 @@ class Communicator {
   std::vector<bool> is_connected_;
   std::atomic<nccl::ncclResult_t> result_{nccl::ncclSuccess};
   std::atomic<bool> is_gone_{false};
+  std::atomic<bool> is_in_graph_{false};
   std::mutex mutex_;
   std::condition_variable changed_;
   int launches_ = 0;  // enqueued and not done

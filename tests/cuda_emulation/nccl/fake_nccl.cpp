@@ -111,6 +111,7 @@ ncclResult_t launch(const Part& part) {
   if (data->is_captured) {
     const std::lock_guard lock(mutex);
     captured.push_back(std::move(what));
+    part.communicator->captured();
   } else {
     part.communicator->launched(1);
   }

@@ -91,6 +91,7 @@ EXPORT int make(int rank, int size, int device, int (*exchange)(const char*, int
 }
 EXPORT void destroy(Ranked* ranked) {
   ranked->communicator.reset();
+  cudaStreamSynchronize(ranked->stream);
   cudaStreamDestroy(ranked->stream);
   delete ranked;
 }
