@@ -486,7 +486,7 @@ def abandoned() -> None:
 
 
 def graphs_stay(size: int, how: str) -> None:
-    """NCCL does not free a communicator while a graph holds a launch of it; nobody waits for that."""
+    """NCCL frees no communicator while a graph holds a launch of it; nobody waits for that."""
     met = threading.Barrier(size, timeout=30)
 
     def program(rank: Rank) -> None:
