@@ -91,7 +91,11 @@ EXPORT int make(int rank, int size, int device, int (*exchange)(const char*, int
 }
 EXPORT void destroy(Ranked* ranked) {
   ranked->communicator.reset();
+  // What is enqueued must be done before its memory is freed, even while another thread captures.
+  auto mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
   cudaStreamSynchronize(ranked->stream);
+  cudaThreadExchangeStreamCaptureMode(&mode);
   cudaStreamDestroy(ranked->stream);
   delete ranked;
 }
