@@ -21,11 +21,14 @@ class Memory {
     if (bytes_ == 0) return;
     ADAREDUCE_CUDA(cudaMalloc(&data_, static_cast<std::size_t>(bytes_)));
     ADAREDUCE_CUDA(cudaMemset(data_, 0, static_cast<std::size_t>(bytes_)));
+    ADAREDUCE_CUDA(cudaStreamSynchronize(nullptr));
   }
   explicit Memory(const std::vector<T>& values) : Memory(static_cast<std::int64_t>(values.size())) {
     if (bytes_ > 0)
       ADAREDUCE_CUDA(cudaMemcpy(data_, values.data(), static_cast<std::size_t>(bytes_),
                                 cudaMemcpyHostToDevice));
+    ADAREDUCE_CUDA(
+        cudaStreamSynchronize(nullptr));  // streams that do not block would not wait for it
   }
   Memory(Memory&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
@@ -217,9 +220,10 @@ void* place(VirtualRank& rank, int which) {
 EXPORT const char* peers_write(Ranks* ranks, int rank, int which, const void* from,
                                std::int64_t bytes) {
   return guarded([&] {
-    if (bytes > 0)
-      ADAREDUCE_CUDA(cudaMemcpy(place(ranks->rank(rank), which), from,
-                                static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice));
+    if (bytes == 0) return;
+    ADAREDUCE_CUDA(cudaMemcpy(place(ranks->rank(rank), which), from,
+                              static_cast<std::size_t>(bytes), cudaMemcpyHostToDevice));
+    ADAREDUCE_CUDA(cudaStreamSynchronize(nullptr));
   });
 }
 EXPORT const char* peers_read(Ranks* ranks, int rank, int which, void* to, std::int64_t bytes) {

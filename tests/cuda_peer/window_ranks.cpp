@@ -74,6 +74,7 @@ EXPORT std::int64_t window_rank_bytes(WindowRank* rank) { return rank->windows->
 EXPORT const char* window_rank_copy(void* to, const void* from, std::int64_t bytes) {
   return guarded([&] {
     ADAREDUCE_CUDA(cudaMemcpy(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault));
+    ADAREDUCE_CUDA(cudaStreamSynchronize(nullptr));
   });
 }
 
@@ -99,6 +100,7 @@ EXPORT const char* window_rank_sum(WindowRank* rank, int self, std::int64_t nume
     ADAREDUCE_CUDA(cudaMalloc(reinterpret_cast<void**>(&epochs),
                               static_cast<std::size_t>(num_blocks) * sizeof *epochs));
     ADAREDUCE_CUDA(cudaMemset(epochs, 0, static_cast<std::size_t>(num_blocks) * sizeof *epochs));
+    ADAREDUCE_CUDA(cudaStreamSynchronize(nullptr));  // the stream below does not wait for others
     ADAREDUCE_CUDA(
         cudaHostAlloc(reinterpret_cast<void**>(&error), sizeof *error, cudaHostAllocMapped));
     *error = 0;

@@ -42,7 +42,8 @@ class Windows : public PeerWindows {
             concat("allocating ", rounded, " bytes"));
     own_.bytes = bytes;
     succeed(cudaMemset(own_.memory, 0, static_cast<std::size_t>(rounded)), "writing zeros");
-    succeed(cudaDeviceSynchronize(), "writing zeros");
+    // Not the whole device: kernels of other ranks on it may be waiting for this one.
+    succeed(cudaStreamSynchronize(nullptr), "writing zeros");
     bool is_shared = false;
     for (Rank r = 0; r < size(); ++r) is_shared = is_shared || !is_of_this_process(r);
     if (is_shared)
