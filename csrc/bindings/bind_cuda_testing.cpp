@@ -54,7 +54,10 @@ struct Buffer {
       numel = std::max(numel, (offset + count + kAlignment - 1) / kAlignment * kAlignment);
   }
   VectorPair pair(Address lower, Address upper, std::int64_t begin, std::int64_t end) const {
-    return {pointer<const void>(lower), pointer<const void>(upper), {begin, end}, dtype,
+    return {pointer<const void>(lower),
+            pointer<const void>(upper),
+            {begin, end},
+            dtype,
             &tables.segments()};
   }
 };
@@ -103,8 +106,7 @@ void bind_buffer(py::module_& module) {
                    .squares = pointer<double>(squares)},
                   stream_of(stream));
       },
-      "buffer"_a, "tensors"_a, "fused"_a, "scale"_a, "squares"_a, "stream"_a,
-      "accumulator"_a = "");
+      "buffer"_a, "tensors"_a, "fused"_a, "scale"_a, "squares"_a, "stream"_a, "accumulator"_a = "");
   module.def(
       "unpack",
       [](const Buffer& buffer, Address fused, const std::vector<Address>& tensors, double scale,
@@ -130,10 +132,10 @@ void bind_reductions(py::module_& module) {
       [](int dtype, int op, const std::vector<Address>& inputs, Address out, std::int64_t numel,
          double divisor, Address stream) {
         const auto from = pointers<const void*>(inputs);
-        cuda::cuda_kernels().reduce({static_cast<Elementwise>(op), from.data(),
-                                     static_cast<int>(from.size()), pointer<void>(out), numel,
-                                     static_cast<DType>(dtype), divisor},
-                                    stream_of(stream));
+        cuda::cuda_kernels().reduce(
+            {static_cast<Elementwise>(op), from.data(), static_cast<int>(from.size()),
+             pointer<void>(out), numel, static_cast<DType>(dtype), divisor},
+            stream_of(stream));
       },
       "dtype"_a, "op"_a, "inputs"_a, "out"_a, "numel"_a, "divisor"_a, "stream"_a);
   module.def(
@@ -243,8 +245,7 @@ void bind_peer_ranks(py::module_& module) {
 }  // namespace
 
 void bind_cuda_testing(py::module_& module) {
-  module.def("synchronize", &cuda::synchronize_device,
-             py::call_guard<py::gil_scoped_release>());
+  module.def("synchronize", &cuda::synchronize_device, py::call_guard<py::gil_scoped_release>());
   module.def("make_stream", [] { return reinterpret_cast<Address>(cuda::make_stream()); });
   module.def("accumulators", [] { return std::vector<std::string>{"f64", "f32"}; });
   bind_buffer(module);

@@ -135,19 +135,14 @@ class Enqueue {
                      : own_squares + part.first_segment);
     if (squares != nullptr && has_local_squares()) bring_local_squares(own_squares);
 
-    const bool is_grouped = m_.nccl != nullptr && plan_.method == Method::nccl;
-    if (is_grouped) m_.nccl->begin_group();
-    try {
+    if (plan_.method == Method::nccl) {
+      NcclGroup group(*m_.nccl);  // one launch
       for (const Part& part : plan_.parts)
         if (part.method == Method::nccl)
           m_.nccl->all_reduce(fused(part), fused(part), part.numel, part.dtype, plan_.request.op);
-      if (squares != nullptr && plan_.method == Method::nccl)
-        m_.nccl->all_gather(own_squares, squares, row_numel(), DType::f64);
-    } catch (...) {
-      if (is_grouped) m_.nccl->end_group();
-      throw;
+      if (squares != nullptr) m_.nccl->all_gather(own_squares, squares, row_numel(), DType::f64);
+      group.end();
     }
-    if (is_grouped) m_.nccl->end_group();
 
     for (const Part& part : plan_.parts) {
       if (part.method == Method::exchanges) reduce_by_exchanges(part);

@@ -337,7 +337,7 @@ void DeviceGroup::abort(const std::string& text) {
   }
   const RelaxedCapture relaxed;
   error_->write(UINT32_MAX);  // whoever waits for a peer goes on
-  if (nccl_ != nullptr) nccl_->abort();
+  if (nccl_ != nullptr) nccl_->abort(text);
 }
 
 }  // namespace adareduce::cuda

@@ -20,8 +20,7 @@ DeviceBuffer zeros(std::int64_t bytes) {
 int blocks_that_fit(int num_ranks) {
   int device = 0, multiprocessors = 0;
   ADAREDUCE_CUDA(cudaGetDevice(&device));
-  ADAREDUCE_CUDA(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  ADAREDUCE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   return std::clamp(multiprocessors / num_ranks, 1, kMostBlocks);
 }
 
