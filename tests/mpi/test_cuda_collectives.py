@@ -121,8 +121,8 @@ def test_statistics_are_those_of_the_cpu(gpu, with_squares, rank, size):
         _, expected = hvd.grouped_allreduce_with_stats(values, groups, **shares)
     results, stats = hvd.grouped_allreduce_with_stats_(values, groups, **shares)
     assert all(result is value for result, value in zip(results, values, strict=True))
-    # Sums of squares of means are rounded: 300 terms, each to 2^-53. NCCL's means are rounded before
-    # they are squared, and the estimates are differences.
+    # Sums of squares of means are rounded: 300 terms, each to 2^-53. NCCL's means are rounded
+    # before they are squared, and the estimates are differences.
     rtol = 20 * size * torch.finfo(torch.float32).eps if is_over_nccl() else 1e-13
     torch.testing.assert_close(stats.groups, expected.groups, rtol=rtol, atol=0, equal_nan=True)
     assert_equal(stats.nonfinite, expected.nonfinite)
