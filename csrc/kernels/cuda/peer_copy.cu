@@ -60,7 +60,7 @@ __device__ void copy_bytes(const char* from, char* to, std::int64_t bytes) {
 
 // Chunks of all pieces are dealt out to the blocks like cards. The barrier at the end tells the
 // peers that this rank has read what it wanted of their windows.
-__global__ void __launch_bounds__(kPeerThreads) copy_kernel(PeerCopy args) {
+__global__ void __launch_bounds__(kPeerThreads, 1) copy_kernel(PeerCopy args) {
   meet_peers(args.peers);
   std::int64_t next = blockIdx.x;  // chunks from the current piece on until this block's next one
   for (std::int64_t p = 0; p < args.num_pieces; ++p) {
