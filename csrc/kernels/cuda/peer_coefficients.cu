@@ -6,7 +6,7 @@ namespace adareduce::cuda {
 namespace {
 
 // A segment is the business of one block, the same on all ranks: it waits for nobody else.
-__global__ void __launch_bounds__(kPeerThreads) coefficients_kernel(PeerAdasum args) {
+__global__ void __launch_bounds__(kPeerThreads, 1) coefficients_kernel(PeerAdasum args) {
   const int size = args.peers.size;
   sum_slots(args.work, args.slots, args.pairs(), [&](std::int64_t s, int number, double sum) {
     for (int r = 0; r < size; ++r) args.gram(r, args.peers.rank, s)[number] = sum;

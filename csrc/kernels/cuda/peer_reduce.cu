@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kPeerThreads, 1) reduce_squares_kernel(PeerRed
       });
 }
 
-__global__ void __launch_bounds__(kPeerThreads) squares_kernel(PeerReduce args) {
+__global__ void __launch_bounds__(kPeerThreads, 1) squares_kernel(PeerReduce args) {
   const int size = args.peers.size;
   sum_slots(args.work, args.slots, kSquaresPerGroup, [&](std::int64_t s, int number, double sum) {
     for (int r = 0; r < size; ++r) args.pushed(r, args.peers.rank, s)[number] = sum;
