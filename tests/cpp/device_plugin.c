@@ -129,8 +129,8 @@ static int32_t prepare(adareduce_cuda_group* group, const adareduce_cuda_request
     plan->bytes = calloc((size_t)request->num_tensors + 1, sizeof *plan->bytes);
     for (int64_t t = 0; t < request->num_tensors; ++t) {
       const adareduce_cuda_tensor* tensor = &request->tensors[t];
-      plan->bytes[t] = tensor->numel * kWidths[tensor->dtype];
-      group->state->last_numel = tensor->numel;
+      plan->bytes[t] = tensor->rows * tensor->row_numel * kWidths[tensor->dtype];
+      group->state->last_numel = tensor->rows * tensor->row_numel;
       group->state->last_rows = tensor->rows;
       group->state->last_row_numel = tensor->row_numel;
     }
