@@ -247,6 +247,24 @@ void bind_peer_ranks(py::module_& module) {
 void bind_cuda_testing(py::module_& module) {
   module.def("synchronize", &cuda::synchronize_device, py::call_guard<py::gil_scoped_release>());
   module.def("make_stream", [] { return reinterpret_cast<Address>(cuda::make_stream()); });
+  module.def(
+      "synchronize_stream", [](Address stream) { cuda::synchronize_stream(pointer<void>(stream)); },
+      "stream"_a, py::call_guard<py::gil_scoped_release>());
+  module.def(
+      "begin_capture", [](Address stream) { cuda::begin_capture(pointer<void>(stream)); },
+      "stream"_a);
+  module.def(
+      "end_capture",
+      [](Address stream) {
+        return reinterpret_cast<Address>(cuda::end_capture(pointer<void>(stream)));
+      },
+      "stream"_a);
+  module.def(
+      "launch_graph",
+      [](Address graph, Address stream) {
+        cuda::launch_graph(pointer<void>(graph), pointer<void>(stream));
+      },
+      "graph"_a, "stream"_a);
   module.def("accumulators", [] { return std::vector<std::string>{"f64", "f32"}; });
   bind_buffer(module);
   bind_reductions(module);

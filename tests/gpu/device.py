@@ -54,7 +54,8 @@ class Machine:
     """The device under test, real or emulated. Tensors live where kernels may follow pointers."""
 
     def __init__(self) -> None:
-        self.testing: Any = _load().testing
+        self.module: Any = _load()
+        self.testing: Any = self.module.testing
         self.is_emulated = is_emulated()
         self.device = torch.device("cpu" if self.is_emulated else "cuda")
 

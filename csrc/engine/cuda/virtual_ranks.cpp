@@ -127,4 +127,27 @@ void* make_stream() {
   return stream;
 }
 
+void synchronize_stream(void* stream) {
+  ADAREDUCE_CUDA(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
+void begin_capture(void* stream) {
+  // Other ranks are threads of this process, and they allocate.
+  ADAREDUCE_CUDA(
+      cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeThreadLocal));
+}
+
+void* end_capture(void* stream) {
+  cudaGraph_t graph = nullptr;
+  ADAREDUCE_CUDA(cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &graph));
+  cudaGraphExec_t executable = nullptr;
+  ADAREDUCE_CUDA(cudaGraphInstantiate(&executable, graph, 0));
+  return executable;
+}
+
+void launch_graph(void* graph, void* stream) {
+  ADAREDUCE_CUDA(
+      cudaGraphLaunch(static_cast<cudaGraphExec_t>(graph), static_cast<cudaStream_t>(stream)));
+}
+
 }  // namespace adareduce::cuda

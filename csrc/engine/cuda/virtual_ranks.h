@@ -41,5 +41,11 @@ class VirtualRanks {
 void synchronize_device();
 /// A stream for as long as the process lives.
 void* make_stream();
+void synchronize_stream(void* stream);
+/// Captures what this thread enqueues on `stream` and what joins it; the graph lives as long as the
+/// process.
+void begin_capture(void* stream);
+void* end_capture(void* stream);
+void launch_graph(void* graph, void* stream);
 
 }  // namespace adareduce::cuda
