@@ -12,14 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from adascale_reference import backward, groups_of, loss_of, make_model, wrap
+from adascale_reference import groups_of, loss_of, make_model, wrap
 from no_host_reads import no_host_reads
 from test_adascale_device import EXACT, MAKERS, ROUNDED, assert_near
 from test_cuda_collectives import gpu_modes
 
-import adareduce.torch as hvd
-from adareduce.torch import device_gain, streams
+from adareduce.torch import device_gain
 from adareduce.torch.adascale_steps import DeviceSteps
 from emulated_gpu import Gpu, emulate
 
