@@ -5,6 +5,7 @@ Oracle: exact integers, and float64 references of tests/reference.py.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,28 @@ import reference
 from thread_ranks import COLLECTIVES, DTYPES, OPS, ThreadRank, run_ranks
 
 NUMELS = (5, 8, 0, 300, 1)
-PEER = 2
+PEER, NCCL = 2, 1
+
+
+@pytest.fixture(params=[PEER, NCCL], ids=["peer", "nccl"])
+def path(request: pytest.FixtureRequest, gpu: Any) -> int:
+    """How data move. NCCL takes several ranks of a GPU only where it is told to."""
+    if request.param == NCCL:
+        found = gpu.module.describe()
+        if not found["nccl_version"]:
+            pytest.skip(found["nccl_why_not"])
+        if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+            pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
+    return int(request.param)
 
 
 class GpuRank:
     """A rank as a thread, with tensors on the device under test and a stream of its own."""
 
-    def __init__(self, rank: ThreadRank, gpu: Any) -> None:
+    def __init__(self, rank: ThreadRank, gpu: Any, path: int) -> None:
         self.on_cpu, self.gpu = rank, gpu
         self.rank, self.size, self.engine = rank.rank, rank.size, rank.engine
-        self.engine.attach_cuda(gpu.module.plugin(), PEER)
+        self.engine.attach_cuda(gpu.module.plugin(), path)
         self.stream = gpu.module.testing.make_stream()
 
     def launch(self, tensors: list[torch.Tensor], collective: str = "allreduce", *,
@@ -84,9 +97,9 @@ def all_inputs(rank: GpuRank, step: int, dtype: torch.dtype) -> list[list[torch.
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("op", ["sum", "average", "max", "adasum", "broadcast"])
-def test_a_captured_call_follows_its_inputs(gpu, op, size):
+def test_a_captured_call_follows_its_inputs(gpu, path, op, size):
     def body(on_cpu: ThreadRank) -> None:
-        rank = GpuRank(on_cpu, gpu)
+        rank = GpuRank(on_cpu, gpu, path)
         dtype = torch.float64
         buffers = on_device(gpu, rank.tensors(0, dtype))
 
@@ -120,15 +133,18 @@ def test_a_captured_call_follows_its_inputs(gpu, op, size):
                     "max": lambda x: x.max(0).values,
                     "broadcast": lambda x: x[size - 1],
                 }[op](stacked)
-                assert torch.equal(buffer.cpu(), expected), (step, place)
+                # NCCL multiplies by 1 / size before it adds.
+                rtol = size * 2.0**-53 if op == "average" and path == NCCL else 0.0
+                atol = size * 2.0**-50 if op == "average" and path == NCCL else 0.0
+                torch.testing.assert_close(buffer.cpu(), expected, rtol=rtol, atol=atol)
 
     run_ranks(size, body)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_captured_statistics_follow_their_inputs(gpu, size):
+def test_captured_statistics_follow_their_inputs(gpu, path, size):
     def body(on_cpu: ThreadRank) -> None:
-        rank = GpuRank(on_cpu, gpu)
+        rank = GpuRank(on_cpu, gpu, path)
         buffers = on_device(gpu, rank.tensors(0))
         groups = [1, 0, 0, 1, 0]
         out = torch.full((2, 4), -1.0, dtype=torch.float64, device=gpu.device)
