@@ -104,10 +104,12 @@ def preparation(given: argparse.Namespace, architecture: str) -> list[Stage]:
     """What the others need."""
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
     pip += ["--disable-pip-version-check"]
-    stages = []
+    stages: list[Stage] = []
+    needs_wheels: tuple[str, ...] = ()
     if given.wheels:
         files = [str(file) for file in sorted(given.wheels.absolute().glob("*.whl"))]
         stages.append(Stage("wheels", [*pip, *files], 60))
+        needs_wheels = ("wheels",)
     build = [*pip, "-v", "--no-build-isolation", "-C", f"build-dir={ROOT}/build/gpu"]
     build += ["-C", "cmake.define.ADAREDUCE_CUDA_RESOURCES=ON", "--force-reinstall", str(ROOT)]
     variables = {
@@ -125,7 +127,7 @@ def preparation(given: argparse.Namespace, architecture: str) -> list[Stage]:
     )
     return [
         *stages,
-        Stage("build", build, 300, variables, note="Successfully installed"),
+        Stage("build", build, 300, variables, needs=needs_wheels, note="Successfully installed"),
         Stage("info", info, 60, needs=_BUILD, note="nccl"),
         Stage("resources", ["sh", "-c", resources], 20, needs=_BUILD, note="kernel_resources:"),
     ]

@@ -110,11 +110,12 @@ def emulate(mode: str) -> Iterator[Gpu]:
         patch.setattr(streams, "current_device", lambda: gpu.device)
         patch.setattr(streams, "uuid_of", lambda device: f"GPU-{runtime.rank()}-{device}")
         patch.setattr(streams, "current", lambda device: gpu.stream)
-        patch.setattr(streams, "is_capturing", lambda: gpu.is_capturing)
+        patch.setattr(streams, "is_capturing", lambda device=None: gpu.is_capturing)
+        patch.setattr(streams, "on", lambda device: contextlib.nullcontext())
         patch.setattr(
             streams,
             "record",
-            lambda tensor, stream, device: gpu.recorded.append((tensor.data_ptr(), stream)),
+            lambda tensor, device: gpu.recorded.append((tensor.data_ptr(), gpu.stream)),
         )
         patch.setattr(streams, "empty_pinned", lambda numel, dtype: torch.empty(numel, dtype=dtype))
         patch.setattr(streams, "CopyStream", ImmediateCopies)

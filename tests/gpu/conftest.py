@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Ranks of one process wait for each other on the device: each needs a queue of its own, and a
+# kernel that is loaded at its first launch would wait for those that wait for it.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
 import device
 import pytest
 

@@ -23,7 +23,10 @@ _WANTED = os.environ.get("ADAREDUCE_TEST_WAYS", "auto peer").split()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")
+@pytest.mark.skipif(
+    mpirun.flavour() is None and not os.environ.get("ADAREDUCE_TEST_NEEDS_GPU"),
+    reason="this build has no MPI",
+)
 @pytest.mark.parametrize("way", _WANTED)
 @pytest.mark.parametrize("num_ranks", _RANKS)
 def test_the_suite_passes_on_ranks(num_ranks: int, way: str) -> None:

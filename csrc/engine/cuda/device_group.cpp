@@ -12,8 +12,9 @@ namespace {
 
 constexpr std::size_t kMostWatched = 4096;
 
-// Memory that other processes have mapped may be freed when they have unmapped it: not before they
-// have all come to make another group. Guarded by the mutex.
+// Memory that other processes have mapped may be freed when they have unmapped it. At the end of a
+// job nobody can be asked; when the next one makes a group, all ranks have ended the former one.
+// Guarded by the mutex.
 std::mutex graveyard_mutex;
 std::vector<std::unique_ptr<PeerWindows>>& graveyard() {
   static auto& windows = *new std::vector<std::unique_ptr<PeerWindows>>;  // outlives the driver
@@ -39,6 +40,7 @@ struct DeviceGroup::Generation {
 
   ~Generation() {
     if (windows == nullptr) return;
+    windows->close();
     const std::lock_guard lock(graveyard_mutex);
     graveyard().push_back(std::move(windows));
   }
@@ -198,7 +200,13 @@ void DeviceGroup::make_windows(const DevicePlan& plan) {
       error = problem.what();
     }
     agree_on("the end of earlier work", error);
-    if (has_captured_) kept_generations_.push_back(std::move(generation_));
+    if (has_captured_) {
+      kept_generations_.push_back(std::move(generation_));
+    } else {
+      generation_->windows->close();
+      agree_on("the end of windows that are too small", "");
+      generation_->windows.reset();
+    }
     generation_.reset();
   }
 
@@ -297,15 +305,22 @@ std::optional<std::string> DeviceGroup::problem() {
     const std::lock_guard lock(mutex_);
     if (aborted_) return std::nullopt;  // it is known
   }
+  // Not a DeviceGuard: the thread that watches has no GPU of its own, and going back to the first
+  // one would make a context there.
+  (void)cudaSetDevice(args_.device);
   const RelaxedCapture relaxed;
+  const auto while_running = [&] {
+    const std::lock_guard lock(mutex_);
+    return watched_.empty() ? std::string(" (in a captured call)")
+                            : concat(" (in ", watched_.front().what, ")");
+  };
   if (const std::uint32_t late = error_->read(); late != 0)
     return concat("rank ", late - 1, " of the group did not come on the device within ",
-                  args_.deadline.count(), " s");
+                  args_.deadline.count(), " s", while_running());
   if (nccl_ != nullptr) {
     std::string error = nccl_->async_error();
-    if (!error.empty()) return concat("NCCL: ", error);
+    if (!error.empty()) return concat("NCCL: ", error, while_running());
   }
-  const DeviceGuard guard(args_.device);
   const auto now = std::chrono::steady_clock::now();
   const std::lock_guard lock(mutex_);
   const auto has_come = [](const std::shared_ptr<Event>& event, const std::string& what) {
@@ -335,6 +350,7 @@ void DeviceGroup::abort(const std::string& text) {
     if (aborted_) return;
     aborted_ = text;
   }
+  (void)cudaSetDevice(args_.device);
   const RelaxedCapture relaxed;
   error_->write(UINT32_MAX);  // whoever waits for a peer goes on
   if (nccl_ != nullptr) nccl_->abort(text);

@@ -70,6 +70,7 @@ VirtualRanks::VirtualRanks(int size, std::int64_t numel, DType dtype,
                               .error = memory_->error.on_device(),
                               .deadline_ns = static_cast<std::uint64_t>(deadline_seconds * 1e9)});
   }
+  ADAREDUCE_CUDA(cudaDeviceSynchronize());  // the ranks' streams do not wait for the zeros
 }
 
 VirtualRanks::~VirtualRanks() { (void)cudaDeviceSynchronize(); }

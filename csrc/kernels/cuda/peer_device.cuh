@@ -70,6 +70,7 @@ __device__ inline void wait_for_peer(const Peers& peers, std::uint32_t* flag, st
     const std::uint32_t seen = arrived.load(::cuda::memory_order_acquire);
     if (static_cast<std::int32_t>(seen - epoch) >= 0) return;  // epochs may wrap around
     if (poll % kPollsBetweenLooks != 0) continue;
+    __nanosleep(200);  // others compute on this processor meanwhile
     if (error.load(::cuda::memory_order_relaxed) != 0) return;
     const std::uint64_t now = now_ns();
     if (start == 0) start = now;

@@ -70,7 +70,7 @@ class Windows : public PeerWindows {
     }
   }
 
-  void close() {
+  void close() override {
     for (std::size_t r = 0; r < windows_.size(); ++r)
       if (is_opened_[r]) {
         (void)cudaIpcCloseMemHandle(windows_[r]);

@@ -20,9 +20,11 @@ class PeerWindows {
   /// Throws DeviceError on all ranks if it fails on one. The memory is zero.
   static std::unique_ptr<PeerWindows> make(Rank rank, const std::vector<DeviceFacts>& ranks,
                                            std::int64_t bytes, const Allgather& allgather);
-  /// Not collective: the owner must be destroyed after all peers have finished with it, which the
-  /// caller makes sure of.
+  /// Gives this rank's memory back. Not collective: no peer may use it any more, and all must have
+  /// closed theirs, which the caller makes sure of.
   virtual ~PeerWindows() = default;
+  /// Unmaps the memory of the others; only the destructor may follow. Not collective.
+  virtual void close() = 0;
   virtual void* of(Rank rank) const = 0;   ///< null where that rank's has no bytes
   virtual std::int64_t bytes() const = 0;  ///< of this rank's
 };

@@ -141,7 +141,10 @@ class DeltaForm(Wrapper):
 
     def _infinite_anywhere(self, found_inf: Any, process_set: ProcessSet) -> torch.Tensor:
         """float32 (): 1 where a rank has found an infinity, else 0; where ``found_inf`` is."""
-        mine = torch.as_tensor(found_inf, dtype=torch.float32).detach().clamp(max=1.0)
+        if not isinstance(found_inf, torch.Tensor):  # 0, where this rank has no gradient at all
+            device = next(p.device for group in self.param_groups for p in group["params"])
+            found_inf = torch.full((), float(found_inf), dtype=torch.float32, device=device)
+        mine = found_inf.detach().float().clamp(max=1.0)
         name = f"{self._request_name}: found_inf"
         return allreduce_(mine, op=Max, name=name, process_set=process_set)
 

@@ -199,7 +199,8 @@ def _launch_on(gpu: int | None) -> Callable[[Mapping[str, float], Mapping[str, i
     module = cuda_library.load()
 
     def launch(numbers: Mapping[str, float], memory: Mapping[str, int]) -> None:
-        module.gain_step(numbers, memory, streams.current(gpu))
+        with streams.on(gpu):  # a kernel runs on the current GPU, whatever the stream is
+            module.gain_step(numbers, memory, streams.current(gpu))
 
     return launch
 

@@ -369,7 +369,10 @@ class GradientReducer:
             if self._with_statistics:
                 result, bucket.stats = result
             if self._failure is None:
-                bucket.finish(result[:-1], self._compression)
+                try:
+                    bucket.finish(result[:-1], self._compression)
+                except Exception as error:
+                    self._failure = error
         if self._failure is None:
             for bucket in self._buckets:
                 bucket.drop_what_nobody_has()

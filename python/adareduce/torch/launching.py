@@ -61,7 +61,7 @@ class Launch:
         self._work = work
         self._device = device
         self._stream = streams.current(device)
-        self._is_captured = streams.is_capturing()
+        self._is_captured = streams.is_capturing(device)
         self._inputs = list(inputs)
         self._outputs = list(outputs)
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class Launch:
         Raises:
             ValueError: A capture has begun or ended since the call.
         """
-        if streams.is_capturing() != self._is_captured:
+        if streams.is_capturing(self._device) != self._is_captured:
             when = "during" if self._is_captured else "before"
             raise ValueError(
                 f"synchronize: handle must be synchronised on the same side of a graph's capture"
@@ -91,11 +91,10 @@ class Launch:
         with self._lock:
             inputs, self._inputs = self._inputs, []
         if here != self._stream:
-            # Their memory goes back to the stream that it came from, which may be behind.
+            # Their memory goes back to the stream that it came from, which may be behind. This one
+            # comes after the work, so that it stands for the group's stream, too.
             for tensor in (*inputs, *self._outputs):
-                streams.record(tensor, self._work.stream(), self._device)
-            for tensor in self._outputs:
-                streams.record(tensor, here, self._device)
+                streams.record(tensor, self._device)
         with _in_flight_lock:
             if self in _in_flight:
                 _in_flight.remove(self)
@@ -150,7 +149,7 @@ def launch(
         process_set=_id_of(process_set),
         device=device,
         stream=streams.current(device),
-        is_capturing=streams.is_capturing(),
+        is_capturing=streams.is_capturing(device),
         collective=collective,
         name=name or "",
         op=op,

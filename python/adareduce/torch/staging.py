@@ -111,6 +111,7 @@ def stage(
     try:
         _run(collective, cut, names, sums, down, up, is_read=is_read, options=options)
     except HorovodInternalError as error:
+        up.mark().wait()  # what is under way writes into memory that nobody keeps any more
         return _Failed(error)
     if sums is not None and statistics is not None:
         sums.write(statistics, up)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import contextlib
+from typing import Any, Protocol
 
 import torch
 
@@ -27,14 +28,25 @@ def current(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
-def is_capturing() -> bool:
-    """Whether this thread's current stream is being captured into a graph."""
-    return torch.cuda.is_current_stream_capturing()
+def is_capturing(device: int | None = None) -> bool:
+    """Whether this thread's current stream, on ``device``, is being captured into a graph."""
+    if device is None:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
-def record(tensor: torch.Tensor, stream: int, device: int) -> None:
-    """Keeps the tensor's memory from being used again before ``stream`` is done with it."""
-    tensor.record_stream(torch.cuda.ExternalStream(stream, device=device))  # type: ignore[no-untyped-call]
+def record(tensor: torch.Tensor, device: int) -> None:
+    """Keeps the tensor's memory until this thread's current stream is done with it.
+
+    The stream is torch's own object: torch makes another stream of the number of the default one.
+    """
+    tensor.record_stream(torch.cuda.current_stream(device))
+
+
+def on(device: int) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one inside."""
+    return torch.cuda.device(device)
 
 
 def empty_pinned(numel: int, dtype: torch.dtype) -> torch.Tensor:
