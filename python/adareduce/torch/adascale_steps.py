@@ -220,13 +220,14 @@ class DeviceSteps(Steps):
     def _build(self) -> None:
         parts, schedule, groups = self._parts, self._parts.schedule, self._parts.gradients_of
         self._differences: DeviceDifferences | None = None
-        row_groups, row_width = parts.reducer.row_groups, 4
+        row_groups, row_width = parts.reducer.found.row_groups, 4
         if parts.is_differenced:
             self._differences = DeviceDifferences(groups, parts.device)
             row_groups, row_width = list(range(len(groups))), 2
+        num_counts = parts.reducer.found.num_tensors
         self._gain = DeviceGain(
-            parts.estimator, parts.per_group, row_groups, row_width, parts.reducer.num_tensors,
-            schedule, parts.device,
+            parts.estimator, parts.per_group, row_groups, row_width, num_counts, schedule,
+            parts.device,
         )  # fmt: skip
         self._peaks = None if schedule is None else schedule.amax(0).tolist()
         self.follow_optimizer(self._rates)
@@ -254,7 +255,7 @@ class DeviceSteps(Steps):
 
     @override
     def keep_statistics(self) -> None:
-        rows, counts = self._parts.reducer.statistics_by_bucket
+        rows, counts = self._parts.reducer.found.rows, self._parts.reducer.found.counts
         if counts:
             torch.cat(counts, out=self._gain.nonfinite)
         if self._differences is not None:
@@ -270,11 +271,11 @@ class DeviceSteps(Steps):
         found_inf: torch.Tensor | None,
     ) -> None:
         reducer, estimator = self._parts.reducer, self._parts.estimator
-        is_differenced = self._differences is not None
+        is_differenced, passes = self._differences is not None, reducer.passes_per_step
         self._step.push_rates()
         self._gain.step(
-            divisors=(1.0, 1.0) if is_differenced else reducer.divisors,
-            factors=(1.0 if is_differenced else float(reducer.passes_per_step**2), 1.0),
+            divisors=(1.0, 1.0) if is_differenced else reducer.found.divisors(passes),
+            factors=(1.0 if is_differenced else float(passes**2), 1.0),
             loss_scale=1.0 if is_differenced else self._loss_scale(),
             found_inf=found_inf,
             has_rows=is_differenced or estimator.count > 1,

@@ -19,6 +19,7 @@ from adareduce.runtime import (
 )
 from adareduce.settings import Settings
 from adareduce.torch.allreduce import grouped_allreduce_async_
+from adareduce.torch.bucket_statistics import BucketStatistics
 from adareduce.torch.buckets import Bucket, check_known, cut_buckets
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.handles import Handle, poll, synchronize
@@ -50,6 +51,9 @@ class GradientReducer:
         sparse_as_dense: Makes sparse gradients dense, for good; otherwise they are an error.
         with_statistics: Fill ``statistics``.
         process_set: The ranks that take part; on others nothing is reduced.
+
+    Attributes:
+        found: What ``statistics`` and ``nonfinite`` are made of.
     """
 
     def __init__(
@@ -104,6 +108,7 @@ class GradientReducer:
             for place, bucket in enumerate(buckets)
             if bucket
         ]
+        self.found = BucketStatistics(self._buckets, len(groups), self._prescale_factor)
         self._known = set(map(id, backward_order))
         self._num_launched = 0
         self._step = 0  # in names
@@ -142,11 +147,6 @@ class GradientReducer:
         return len(self._buckets)
 
     @property
-    def num_tensors(self) -> int:
-        """Tensors in all requests of a step, which is more than there are gradients."""
-        return sum(len(bucket.rows) for bucket in self._buckets)
-
-    @property
     def num_finished(self) -> int:
         """Requests of this step that have finished; those of a step that waits count."""
         return sum(bucket.handle is not None and poll(bucket.handle) for bucket in self._buckets)
@@ -170,31 +170,8 @@ class GradientReducer:
         the passes, both before the scale factors; the same bits on all ranks.
         """
         if self._has_statistics and self._combined is None:
-            self._combined = self._combine()
+            self._combined = self.found.total(self._passes_per_step)
         return self._combined
-
-    @property
-    def statistics_by_bucket(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What ``statistics`` and ``nonfinite`` are made of, where it lies; reads nothing.
-
-        Per bucket a float64 (rows, 4), whose first two columns are to be added by ``row_groups``
-        and divided by ``divisors``; and int64 counts of elements that are not finite.
-        """
-        stats = [(b.stats, len(b.group_numbers)) for b in self._buckets if b.stats is not None]
-        rows = [found.groups[:count] for found, count in stats if found.groups is not None]
-        return rows, [found.nonfinite for found, _ in stats]
-
-    @property
-    def row_groups(self) -> list[int]:
-        """The parameter group of each of the rows of ``statistics_by_bucket``, bucket by bucket."""
-        return [number for bucket in self._buckets for number in bucket.group_numbers]
-
-    @property
-    def divisors(self) -> tuple[float, float]:
-        """What makes the columns of ``statistics_by_bucket`` those before the scale factors."""
-        # Squares that the engine took are those of scaled gradients.
-        of_mean = self._prescale_factor**2
-        return (of_mean if self._passes_per_step == 1 else 1.0), of_mean
 
     @property
     def nonfinite(self) -> bool:
@@ -204,10 +181,7 @@ class GradientReducer:
         there are no statistics, which have counted.
         """
         if self._with_statistics:
-            counts = (
-                bucket.stats.nonfinite for bucket in self._buckets if bucket.stats is not None
-            )
-            return any(bool(count.any()) for count in counts)
+            return self.found.any_nonfinite()
         gradients = (p.grad for bucket in self._buckets for p in bucket.parameters)
         return any(bool((~torch.isfinite(g)).any()) for g in gradients if g is not None)
 
@@ -376,17 +350,6 @@ class GradientReducer:
         if self._failure is None:
             for bucket in self._buckets:
                 bucket.drop_what_nobody_has()
-
-    def _combine(self) -> torch.Tensor:
-        rows, _ = self.statistics_by_bucket
-        device = rows[0].device if rows else torch.device("cpu")
-        total = torch.zeros(len(self._groups), 2, dtype=torch.float64, device=device)
-        groups = iter(self.row_groups)
-        for row in (row for part in rows for row in part):
-            total[next(groups)] += row[:2].to(device)
-        for column, divisor in enumerate(self.divisors):
-            total[:, column] /= divisor
-        return total
 
 
 def _hook(
