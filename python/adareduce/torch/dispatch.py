@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from adareduce import _core
 from adareduce.ops import Collective, CudaPath
 from adareduce.runtime import ChosenPath, ProcessSet
 from adareduce.torch import streams
@@ -33,7 +34,7 @@ def submit_named(
 
     Raises:
         ValueError: The name is in use, or the tensors' GPU cannot be used.
-        HorovodInternalError: The ranks disagree, or one is lost.
+        HorovodInternalError: A rank is lost.
     """
     take_name(function, name, process_set)
     try:
@@ -42,7 +43,7 @@ def submit_named(
             return submit(
                 collective, inputs, outputs, name=name, process_set=process_set, **options
             )
-        start: Callable[..., Request] = stage if chosen.path == CudaPath.staged else launch
+        start = stage if chosen.path == CudaPath.staged else launch
         return start(
             collective,
             inputs,
@@ -52,10 +53,28 @@ def submit_named(
             process_set=process_set,
             **options,
         )
+    except _core.DisagreementError as error:
+        return _Disagreement(error)
     except Exception:
         if name is not None:
             process_set.names_in_use.discard(name)
         raise
+
+
+class _Disagreement:
+    """A call that the ranks did not agree on; as on the CPU, ``synchronize`` says so."""
+
+    def __init__(self, error: _core.DisagreementError) -> None:
+        self._error = error
+
+    def is_finished(self) -> bool:
+        return True
+
+    def wait_for(self, _seconds: float) -> bool:
+        return True
+
+    def rethrow(self) -> None:
+        raise self._error
 
 
 def choose_path(

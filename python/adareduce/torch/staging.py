@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from adareduce.ops import Collective, ReduceOp
-from adareduce.runtime import HorovodInternalError, ProcessSet
+from adareduce.runtime import ProcessSet
 from adareduce.torch import pieces, streams
-from adareduce.torch.handles import Handle, Request, submit
+from adareduce.torch.handles import Handle, submit
 from adareduce.torch.launching import DeviceStats, Launch
 from adareduce.torch.pieces import Piece
 
@@ -41,22 +41,6 @@ class _Copies:
         return self._mark.stream()
 
 
-class _Failed:
-    """A call that has ended badly; ``synchronize`` says so."""
-
-    def __init__(self, error: HorovodInternalError) -> None:
-        self._error = error
-
-    def is_finished(self) -> bool:
-        return True
-
-    def wait_for(self, _seconds: float) -> bool:
-        return True
-
-    def rethrow(self) -> None:
-        raise self._error
-
-
 def stage(
     collective: Collective,
     inputs: Sequence[torch.Tensor],
@@ -73,7 +57,7 @@ def stage(
     groups: Sequence[int] | None = None,
     local_squares: torch.Tensor | None = None,
     statistics: DeviceStats | None = None,
-) -> Request:
+) -> Launch:
     """Runs a call through the host; the arguments are those of ``launching.launch``.
 
     Collective; blocks until the last piece has been reduced. An error after the first piece, the
@@ -81,6 +65,7 @@ def stage(
 
     Raises:
         ValueError: The caller's stream is being captured.
+        HorovodInternalError: The ranks disagree, or one is lost.
     """
     if streams.is_capturing():
         raise ValueError(
@@ -110,9 +95,9 @@ def stage(
     }
     try:
         _run(collective, cut, names, sums, down, up, is_read=is_read, options=options)
-    except HorovodInternalError as error:
+    except Exception:
         up.mark().wait()  # what is under way writes into memory that nobody keeps any more
-        return _Failed(error)
+        raise
     if sums is not None and statistics is not None:
         sums.write(statistics, up)
     written = [*outputs] if statistics is None else [*outputs, *statistics.tensors()]
