@@ -62,7 +62,8 @@ def load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     for name in ("make", "write", "read", "adasum", "reduce", "set_pieces", "copy", "replay"):
         getattr(library, f"peers_{name}").restype = ctypes.c_char_p
-    library.peers_wait.restype = ctypes.c_char_p
+    for name in ("wait", "wait_for", "hold", "write_later", "arrivals"):
+        getattr(library, f"peers_{name}").restype = ctypes.c_char_p
     library.peers_error_word.restype = ctypes.c_uint32
     return library
 
@@ -128,16 +129,18 @@ class PeerRanks:
     def read(self, place: str) -> list[NDArray]:
         """What every rank holds, after all that was enqueued."""
         self.wait()
-        found = []
-        for rank in range(self.size):
-            if place in PER_SEGMENT:
-                values = np.empty(PER_SEGMENT[place] * len(self.segments), np.float64)
-            else:
-                values = np.empty(self.numel, self.storage)
-            to = values.ctypes.data_as(ctypes.c_void_p)
-            self._of_ranks("read", rank, PLACES[place], to, values)
-            found.append(values)
-        return found
+        return [self.read_of(rank, place) for rank in range(self.size)]
+
+    def read_of(self, rank: int, place: str) -> NDArray:
+        """What one rank holds, after all that was enqueued for it."""
+        self._of_ranks("wait_for", rank)
+        if place in PER_SEGMENT:
+            values = np.empty(PER_SEGMENT[place] * len(self.segments), np.float64)
+        else:
+            values = np.empty(self.numel, self.storage)
+        to = values.ctypes.data_as(ctypes.c_void_p)
+        self._of_ranks("read", rank, PLACES[place], to, values)
+        return values
 
     def adasum(self, captures: bool = False, absent: int = -1) -> None:
         self._of_ranks("adasum", int(captures), absent)
@@ -168,6 +171,27 @@ class PeerRanks:
 
     def wait(self) -> None:
         self._of_ranks("wait")
+
+    def hold(self, rank: int) -> None:
+        """What is enqueued on the rank's stream from now on waits for release()."""
+        self._of_ranks("hold", rank)
+
+    def write_later(self, rank: int, values: NDArray) -> None:
+        """The rank's input, in stream order."""
+        kept = np.ascontiguousarray(values)
+        self._of_ranks("write_later", rank, kept.ctypes.data_as(ctypes.c_void_p), kept)
+
+    def release(self, rank: int) -> None:
+        self.library.peers_release(self.ranks, rank)
+
+    def arrivals(self, rank: int) -> list[int]:
+        """How many barriers every rank has come to, as `rank` sees it; does not wait."""
+        epochs = []
+        for peer in range(self.size):
+            epoch = ctypes.c_uint32()
+            self._of_ranks("arrivals", rank, peer, ctypes.byref(epoch))
+            epochs.append(epoch.value)
+        return epochs
 
     def error_words(self) -> list[int]:
         return [int(self.library.peers_error_word(self.ranks, rank)) for rank in range(self.size)]

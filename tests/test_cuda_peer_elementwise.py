@@ -6,6 +6,7 @@ Oracles: the CPU's kernels, bit for bit; float64 for squares; slices of arrays f
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ __all__ = ["peer_library"]
 SIZES = [1, 2, 3, 4, 5, 8]
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 NUMELS = [1, 16, 1000, 5003]
+HANG_LIMIT = 40.0
 
 
 @pytest.fixture(scope="session")
@@ -277,3 +279,80 @@ def test_requests_of_all_kinds_follow_each_other_without_a_pause(
             assert ranks.error_words() == [0] * size
     for paused, unpaused in zip(*results, strict=True):
         assert reference.same_bits(paused, unpaused)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("request_", ["adasum", "reduce", "copy"])
+def test_no_rank_reads_an_input_that_its_owner_has_not_finished(
+    library: ctypes.CDLL, request_: str, size: int, rng: np.random.Generator
+) -> None:
+    """Rank 0 writes its input late: when all others have come to their first barrier."""
+    segments, numel = testing.lay_out([40, 100])
+    vectors = [rng.standard_normal(numel).astype(np.float32) for _ in range(size)]
+    pieces = [[(0, 0, 4 * numel, 0)]] * size
+    results = []
+    for late in [False, True]:
+        with PeerRanks(library, size, "float32", segments, numel, blocks=1) as ranks:
+            if late:
+                ranks.write([np.zeros(numel, np.float32), *vectors[1:]])
+                ranks.hold(0)
+                ranks.write_later(0, vectors[0])
+            else:
+                ranks.write(vectors)
+            if request_ == "adasum":
+                ranks.adasum()
+            elif request_ == "reduce":
+                ranks.reduce("sum")
+            else:
+                ranks.copy(pieces)
+            if late:
+                deadline = time.monotonic() + HANG_LIMIT
+                while min(ranks.arrivals(0)[1:]) == 0 and time.monotonic() < deadline:
+                    pass
+                assert min(ranks.arrivals(0)[1:]) == 1
+                ranks.release(0)
+            results.append(ranks.read("out"))
+    for early_out, late_out in zip(*results, strict=True):
+        assert reference.same_bits(early_out, late_out)
+
+
+@pytest.mark.parametrize("request_", ["adasum", "reduce", "squares"])
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_rank_that_has_finished_holds_all_results(
+    library: ctypes.CDLL, early: int, request_: str, rng: np.random.Generator
+) -> None:
+    """All segments lie in one rank's shard: the other one has nothing to do but to wait."""
+    half = 32_768
+    segments = [(half * (1 - early), half)]
+    vectors = [rng.standard_normal(2 * half).astype(np.float32) for _ in range(2)]
+    mine = slice(segments[0][0], sum(segments[0]))
+    with PeerRanks(library, 2, "float32", segments, 2 * half) as ranks:
+        ranks.write(vectors)
+        for _ in range(5):
+            ranks.write([np.zeros(2 * half, np.float32)] * 2, "out")
+            if request_ == "adasum":
+                ranks.adasum()
+            else:
+                ranks.reduce("sum", squares=request_ == "squares")
+            seen = ranks.read_of(early, "out")
+            assert reference.same_bits(seen[mine], ranks.read("out")[early][mine])
+
+
+@pytest.mark.parametrize("request_", ["scatter", "copy"])
+def test_an_input_may_change_as_soon_as_its_rank_has_finished(
+    library: ctypes.CDLL, request_: str, rng: np.random.Generator
+) -> None:
+    """Rank 0 wants nothing, and its stream overwrites what rank 1 reads."""
+    numel = 65_536
+    vectors = [rng.standard_normal(numel).astype(np.float32) for _ in range(2)]
+    for _ in range(5):
+        with PeerRanks(library, 2, "float32", [], numel) as ranks:
+            ranks.write(vectors)
+            if request_ == "scatter":
+                ranks.reduce("sum", keeps=[(0, 0), (0, numel)])
+                expected = vectors[0] + vectors[1]
+            else:
+                ranks.copy([[], [(0, 0, 4 * numel, 0)]])
+                expected = vectors[0]
+            ranks.write_later(0, np.full(numel, np.nan, np.float32))
+            assert reference.same_bits(ranks.read_of(1, "out"), expected)

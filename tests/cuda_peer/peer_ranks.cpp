@@ -3,6 +3,8 @@
 // text, which stays until the next call.
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <deque>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -57,6 +59,7 @@ struct VirtualRank {
   Memory<PeerPiece> pieces;
   std::int64_t num_pieces = 0;
   std::uint32_t* error = nullptr;  // mapped host memory
+  std::atomic<bool> is_released{true};
   PeerView view;
   PeerSync sync;
 };
@@ -72,7 +75,7 @@ struct Ranks {
   Memory<std::int64_t> first_on_device;
   ItemTable item_table;
   SegmentTable table;
-  std::vector<VirtualRank> ranks;
+  std::deque<VirtualRank> ranks;  // they stay where they are
   std::vector<const void*> in;
   std::vector<void*> out;
   std::vector<double*> scalars;
@@ -233,6 +236,34 @@ EXPORT const char* peers_read(Ranks* ranks, int rank, int which, void* to, std::
                                 static_cast<std::size_t>(bytes), cudaMemcpyDeviceToHost));
   });
 }
+// Holds up a rank's stream, puts a new input behind that, and lets the stream go on.
+EXPORT const char* peers_hold(Ranks* ranks, int rank) {
+  return guarded([&] {
+    VirtualRank& held = ranks->rank(rank);
+    held.is_released = false;
+    ADAREDUCE_CUDA(cudaLaunchHostFunc(
+        held.stream, [](void* released) { static_cast<std::atomic<bool>*>(released)->wait(false); },
+        &held.is_released));
+  });
+}
+EXPORT const char* peers_write_later(Ranks* ranks, int rank, const void* from, std::int64_t bytes) {
+  return guarded([&] {
+    VirtualRank& later = ranks->rank(rank);
+    ADAREDUCE_CUDA(cudaMemcpyAsync(later.in.get(), from, static_cast<std::size_t>(bytes),
+                                   cudaMemcpyHostToDevice, later.stream));
+  });
+}
+EXPORT void peers_release(Ranks* ranks, int rank) {
+  ranks->rank(rank).is_released = true;
+  ranks->rank(rank).is_released.notify_all();
+}
+// How many barriers block 0 of `peer` has come to, as `rank` sees it, while kernels run.
+EXPORT const char* peers_arrivals(Ranks* ranks, int rank, int peer, std::uint32_t* epoch) {
+  return guarded([&] {
+    ADAREDUCE_CUDA(cudaMemcpy(epoch, ranks->rank(rank).flags.get() + peer, sizeof *epoch,
+                              cudaMemcpyDeviceToHost));
+  });
+}
 EXPORT std::uint32_t peers_error_word(Ranks* ranks, int rank) { return *ranks->rank(rank).error; }
 EXPORT void peers_set_error_word(Ranks* ranks, int rank, std::uint32_t word) {
   *static_cast<volatile std::uint32_t*>(ranks->rank(rank).error) = word;
@@ -298,6 +329,9 @@ EXPORT const char* peers_wait(Ranks* ranks) {
   return guarded([&] {
     for (VirtualRank& rank : ranks->ranks) ADAREDUCE_CUDA(cudaStreamSynchronize(rank.stream));
   });
+}
+EXPORT const char* peers_wait_for(Ranks* ranks, int rank) {
+  return guarded([&] { ADAREDUCE_CUDA(cudaStreamSynchronize(ranks->rank(rank).stream)); });
 }
 EXPORT void peers_shard(std::int64_t numel, int rank, int size, std::int64_t* bounds) {
   const Range shard = peer_shard(numel, rank, size);
