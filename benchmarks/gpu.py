@@ -140,7 +140,7 @@ def stages_of_one(given: argparse.Namespace, ranks: list[int], nccl: str) -> lis
     json_file = str(given.out / KERNELS)
     kernels = [sys.executable, str(ROOT / "benchmarks" / "gpu_kernels.py"), "--json", json_file]
     stages = [
-        tests("kernels", 90, "test_kernels.py", "test_reductions.py"),
+        tests("kernels", 90, "test_gpu_kernels.py", "test_reductions.py"),
         tests("peer_ranks", 90, "test_peer_ranks.py"),
         *(suite("auto", number, 90) for number in ranks if number == 1),
         *(suite("peer", number, 120) for number in several[:1]),
@@ -165,7 +165,7 @@ def stages_of_one(given: argparse.Namespace, ranks: list[int], nccl: str) -> lis
 
 def stages_of_many(given: argparse.Namespace, ranks: list[int]) -> list[Stage]:
     """A GPU for each rank. Was never run: there was no such machine."""
-    stages = [tests("kernels", 90, "test_kernels.py", "test_reductions.py")]
+    stages = [tests("kernels", 90, "test_gpu_kernels.py", "test_reductions.py")]
     for number in ranks:
         for way in ("auto", "peer"):
             stages += [suite(way, number, 180), *benches(given, number, way, largest="1G")]
