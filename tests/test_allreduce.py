@@ -209,7 +209,7 @@ def test_types_without_the_operation_are_refused_at_the_call(op: str, dtype: str
 @pytest.mark.parametrize(
     "codes",
     [
-        {"collective": 7},
+        {"collective": 99},
         {"collective": 200},
         {"op": 6},
         {"dtype": 10},
