@@ -181,8 +181,8 @@ int group_stats(std::int64_t num_segments, const std::int32_t* group_of, std::in
                 double* out) {
   return run(nullptr, [&](Stream stream) {
     cuda::group_stats(
-        {num_segments, group_of, num_groups, num_ranks, squares, squares_are_of_groups != 0,
-         result_squares, result_is_mean_times, has_estimates != 0, out},
+        {num_segments, group_of, num_groups, num_ranks, num_ranks, squares,
+         squares_are_of_groups != 0, result_squares, result_is_mean_times, has_estimates != 0, out},
         stream);
   });
 }
