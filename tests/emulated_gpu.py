@@ -20,6 +20,7 @@ import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -196,6 +197,53 @@ def _emulated_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+class EmulatedRuntime:
+    """Streams and graphs of the emulated CUDA runtime that the module is linked to."""
+
+    # Its functions are those of C++, by the names that GCC and Clang give them.
+    _NAMES = {  # noqa: RUF012
+        "create": "_Z25cudaStreamCreateWithFlagsPP11CUstream_stj",
+        "begin": "_Z22cudaStreamBeginCaptureP11CUstream_st21cudaStreamCaptureMode",
+        "end": "_Z20cudaStreamEndCaptureP11CUstream_stPP10CUgraph_st",
+        "instantiate": "_Z20cudaGraphInstantiatePP14CUgraphExec_stP10CUgraph_sty",
+        "launch": "_Z15cudaGraphLaunchP14CUgraphExec_stP11CUstream_st",
+        "wait": "_Z21cudaStreamSynchronizeP11CUstream_st",
+    }
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        maps = Path("/proc/self/maps").read_text().split()
+        (path,) = {word for word in maps if "libcuda_emulation" in word}
+        self._library = ctypes.CDLL(path)
+        stream = ctypes.c_void_p()
+        self._call("create", ctypes.byref(stream), ctypes.c_uint(1))
+        self._stream = stream
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[ctypes.c_void_p]:
+        """Records what is called inside; the graph can be replayed afterwards."""
+        executable, graph = ctypes.c_void_p(), ctypes.c_void_p()
+        self._gpu.stream = self._stream.value or 0
+        self._call("begin", self._stream, ctypes.c_int(0))
+        self._gpu.is_capturing = True
+        try:
+            yield executable
+        finally:
+            self._gpu.is_capturing = False
+            self._call("end", self._stream, ctypes.byref(graph))
+            self._gpu.stream = 0
+        self._call("instantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+
+    def replay(self, executable: ctypes.c_void_p) -> None:
+        """Runs a graph and waits for it."""
+        self._call("launch", executable, self._stream)
+        self._call("wait", self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, self._NAMES[name])(*arguments)
+        assert status == 0, f"{name}: error {status}"
 
 
 class StandInEngine:
