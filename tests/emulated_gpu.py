@@ -39,7 +39,7 @@ _WRITES_NO_TENSORS = (objects.broadcast_object, objects.allgather_object)
 
 
 class Gpu:
-    """What a test sees of its GPU.
+    """What a test sees of its GPU. It may replace any attribute.
 
     Attributes:
         mode: One of MODES.
@@ -48,6 +48,8 @@ class Gpu:
         is_capturing: Whether it is being captured.
         recorded: (address of a tensor, stream) for every ``record_stream``.
         launches: Keyword arguments of every Engine.launch, in the stand-in.
+        lies_here: Whether a tensor lies on the GPU rather than on the CPU.
+        uuid: Of the GPU.
     """
 
     def __init__(self, mode: str) -> None:
@@ -58,6 +60,8 @@ class Gpu:
         self.is_on = True
         self.recorded: list[tuple[int, int]] = []
         self.launches: list[dict[str, Any]] = []
+        self.lies_here: Callable[[torch.Tensor], bool] = lambda tensor: True
+        self.uuid = f"GPU-{runtime.rank()}"
 
     @contextlib.contextmanager
     def host(self) -> Iterator[None]:
@@ -69,7 +73,7 @@ class Gpu:
             self.is_on = was_on
 
     def device_of(self, tensor: torch.Tensor) -> int | None:
-        return self.device if self.is_on else None
+        return self.device if self.is_on and self.lies_here(tensor) else None
 
 
 class ImmediateCopies:
@@ -109,7 +113,7 @@ def emulate(mode: str) -> Iterator[Gpu]:
         gpu = Gpu(mode)
         patch.setattr(streams, "device_of", gpu.device_of)
         patch.setattr(streams, "current_device", lambda: gpu.device)
-        patch.setattr(streams, "uuid_of", lambda device: f"GPU-{runtime.rank()}-{device}")
+        patch.setattr(streams, "uuid_of", lambda device: gpu.uuid)
         patch.setattr(streams, "current", lambda device: gpu.stream)
         patch.setattr(streams, "is_capturing", lambda: gpu.is_capturing)
         patch.setattr(
@@ -125,7 +129,7 @@ def emulate(mode: str) -> Iterator[Gpu]:
         try:
             yield gpu
         finally:
-            gpu.is_capturing = False
+            gpu.is_capturing = gpu.is_on = False
             _forget_paths()
 
 
