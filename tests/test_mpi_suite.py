@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,14 +18,11 @@ _NO_TESTS = 5  # pytest's status when everything was deselected
 
 
 MPI_TESTS = ROOT / "tests" / "mpi"
-# Where the device of a tensor makes a difference. Disagreements come first: calls that the set
-# knows are compared in the background, and these tests must be the first to make theirs.
-_FILES_FOR_GPUS = ("disagreements", "allreduce", "adasum", "broadcast_allgather",
-                   "more_collectives", "objects", "process_sets", "cuda_collectives")  # fmt: skip
+# Where the device of a tensor makes a difference.
+_FILES_FOR_GPUS = ("allreduce", "adasum", "broadcast_allgather", "more_collectives", "objects",
+                   "disagreements", "process_sets")  # fmt: skip
 # But for what overlaps on purpose: the first call of a process set with CUDA tensors blocks.
 _OVERLAPPING = "test_overlapping_sets_may_interleave_differently_on_their_ranks"
-# NCCL multiplies by 1 / P before it adds, which is not the quotient of the sum.
-_QUOTIENTS = ("test_allreduce_adds_in_rank_order", "test_statistics_of_integers_are_exact")
 
 
 def run_suite(
@@ -66,12 +62,13 @@ def test_the_short_round_passes_on_ranks(num_ranks: int) -> None:
     run_suite(num_ranks, "-m", "openmpi_round")
 
 
-def run_on_gpus(num_ranks: int, mode: str, *left_out: str, **variables: str) -> None:
+def run_on_gpus(
+    num_ranks: int, mode: str, names: Sequence[str] = _FILES_FOR_GPUS, **variables: str
+) -> None:
     """The tests of collectives with tensors that count as a GPU's: tests/emulated_gpu.py."""
-    files = [MPI_TESTS / f"test_{name}.py" for name in _FILES_FOR_GPUS]
+    files = [MPI_TESTS / f"test_{name}.py" for name in names]
     variables["ADAREDUCE_TEST_DEVICE"] = mode
-    selection = " and ".join(f"not {test}" for test in (_OVERLAPPING, *left_out))
-    run_suite(num_ranks, "-k", selection, files=files, variables=variables)
+    run_suite(num_ranks, "-k", f"not {_OVERLAPPING}", files=files, variables=variables)
 
 
 @needs_mpi
@@ -83,27 +80,28 @@ def test_collectives_pass_on_ranks_with_gpus(num_ranks: int, mode: str) -> None:
     run_on_gpus(num_ranks, mode)
 
 
-needs_emulation = pytest.mark.skipif(not EMULATED_CUDA, reason=WHY_NOT_EMULATED)
-
-
 @needs_mpi
-@needs_emulation
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ["peer", "staged"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+@pytest.mark.skipif(not EMULATED_CUDA, reason=WHY_NOT_EMULATED)
+@pytest.mark.parametrize(
+    ("num_ranks", "path"),
+    [(1, "auto"), (2, "auto"), (2, "peer"), (3, "peer"), (5, "peer"), (2, "nccl"), (3, "nccl"),
+     (5, "nccl"), (2, "staged")],
+)  # fmt: skip
 def test_collectives_pass_on_ranks_with_emulated_kernels(num_ranks: int, path: str) -> None:
-    run_on_gpus(num_ranks, "emulated", ADAREDUCE_CUDA_PATH=path)
-
-
-@needs_mpi
-@needs_emulation
-@pytest.mark.slow
-@pytest.mark.skipif("ADAREDUCE_NCCL_SO" not in os.environ, reason="ADAREDUCE_NCCL_SO is not set")
-@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5])
-def test_collectives_pass_on_ranks_with_a_fake_nccl(num_ranks: int) -> None:
-    # The library of tests/cuda_emulation/nccl. All ranks have the emulation's one GPU.
-    run_on_gpus(num_ranks, "emulated", *_QUOTIENTS, ADAREDUCE_CUDA_PATH="nccl",
-                NCCL_MULTI_RANK_GPU_ENABLE="1")  # fmt: skip
+    # What was agreed before is launched at once and breaks the process set where ranks disagree:
+    # test_device_calls.py is about that.
+    names = [name for name in _FILES_FOR_GPUS if name != "disagreements"]
+    nccl = Path(EMULATED_CUDA).parent / "tests/cuda_emulation/nccl/libnccl.so.2"
+    variables = {
+        "ADAREDUCE_CUDA_PATH": path,
+        "ADAREDUCE_NCCL_SO": str(nccl),
+        "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+    }
+    run_on_gpus(num_ranks, "emulated", names, **variables)
+    files = [MPI_TESTS / "test_cuda_collectives.py"]
+    if path != "staged":
+        run_suite(num_ranks, "-k", "emulated", files=files, variables=variables)
 
 
 _SAMPLE = """
