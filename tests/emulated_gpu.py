@@ -20,6 +20,7 @@ import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -38,7 +39,7 @@ _WRITES_NO_TENSORS = (objects.broadcast_object, objects.allgather_object)
 
 
 class Gpu:
-    """What a test sees of its GPU.
+    """What a test sees of its GPU. It may replace any attribute.
 
     Attributes:
         mode: One of MODES.
@@ -47,6 +48,8 @@ class Gpu:
         is_capturing: Whether it is being captured.
         recorded: (address of a tensor, stream) for every ``record_stream``.
         launches: Keyword arguments of every Engine.launch, in the stand-in.
+        lies_here: Whether a tensor lies on the GPU rather than on the CPU.
+        uuid: Of the GPU.
     """
 
     def __init__(self, mode: str) -> None:
@@ -57,6 +60,8 @@ class Gpu:
         self.is_on = True
         self.recorded: list[tuple[int, int]] = []
         self.launches: list[dict[str, Any]] = []
+        self.lies_here: Callable[[torch.Tensor], bool] = lambda tensor: True
+        self.uuid = f"GPU-{runtime.rank()}"
 
     @contextlib.contextmanager
     def host(self) -> Iterator[None]:
@@ -68,7 +73,7 @@ class Gpu:
             self.is_on = was_on
 
     def device_of(self, tensor: torch.Tensor) -> int | None:
-        return self.device if self.is_on else None
+        return self.device if self.is_on and self.lies_here(tensor) else None
 
 
 class ImmediateCopies:
@@ -108,7 +113,7 @@ def emulate(mode: str) -> Iterator[Gpu]:
         gpu = Gpu(mode)
         patch.setattr(streams, "device_of", gpu.device_of)
         patch.setattr(streams, "current_device", lambda: gpu.device)
-        patch.setattr(streams, "uuid_of", lambda device: f"GPU-{runtime.rank()}-{device}")
+        patch.setattr(streams, "uuid_of", lambda device: gpu.uuid)
         patch.setattr(streams, "current", lambda device: gpu.stream)
         patch.setattr(streams, "is_capturing", lambda device=None: gpu.is_capturing)
         patch.setattr(streams, "on", lambda device: contextlib.nullcontext())
@@ -125,7 +130,7 @@ def emulate(mode: str) -> Iterator[Gpu]:
         try:
             yield gpu
         finally:
-            gpu.is_capturing = False
+            gpu.is_capturing = gpu.is_on = False
             _forget_paths()
 
 
@@ -197,6 +202,53 @@ def _emulated_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+class EmulatedRuntime:
+    """Streams and graphs of the emulated CUDA runtime that the module is linked to."""
+
+    # Its functions are those of C++, by the names that GCC and Clang give them.
+    _NAMES = {  # noqa: RUF012
+        "create": "_Z25cudaStreamCreateWithFlagsPP11CUstream_stj",
+        "begin": "_Z22cudaStreamBeginCaptureP11CUstream_st21cudaStreamCaptureMode",
+        "end": "_Z20cudaStreamEndCaptureP11CUstream_stPP10CUgraph_st",
+        "instantiate": "_Z20cudaGraphInstantiatePP14CUgraphExec_stP10CUgraph_sty",
+        "launch": "_Z15cudaGraphLaunchP14CUgraphExec_stP11CUstream_st",
+        "wait": "_Z21cudaStreamSynchronizeP11CUstream_st",
+    }
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        maps = Path("/proc/self/maps").read_text().split()
+        (path,) = {word for word in maps if "libcuda_emulation" in word}
+        self._library = ctypes.CDLL(path)
+        stream = ctypes.c_void_p()
+        self._call("create", ctypes.byref(stream), ctypes.c_uint(1))
+        self._stream = stream
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[ctypes.c_void_p]:
+        """Records what is called inside; the graph can be replayed afterwards."""
+        executable, graph = ctypes.c_void_p(), ctypes.c_void_p()
+        self._gpu.stream = self._stream.value or 0
+        self._call("begin", self._stream, ctypes.c_int(0))
+        self._gpu.is_capturing = True
+        try:
+            yield executable
+        finally:
+            self._gpu.is_capturing = False
+            self._call("end", self._stream, ctypes.byref(graph))
+            self._gpu.stream = 0
+        self._call("instantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+
+    def replay(self, executable: ctypes.c_void_p) -> None:
+        """Runs a graph and waits for it."""
+        self._call("launch", executable, self._stream)
+        self._call("wait", self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, self._NAMES[name])(*arguments)
+        assert status == 0, f"{name}: error {status}"
 
 
 class StandInEngine:

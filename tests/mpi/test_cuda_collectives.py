@@ -17,8 +17,15 @@ from inputs import assert_equal, assert_library_works, integers, normals, of_all
 import adareduce.torch as hvd
 from adareduce import runtime
 from adareduce.ops import Collective, CudaPath
-from adareduce.torch import launching, staging, streams
-from emulated_gpu import EMULATED_CUDA, MODES, WHY_NOT_EMULATED, Gpu, emulate
+from adareduce.torch import launching, staging
+from emulated_gpu import (
+    EMULATED_CUDA,
+    MODES,
+    WHY_NOT_EMULATED,
+    EmulatedRuntime,
+    Gpu,
+    emulate,
+)
 
 SHAPES = [(5,), (8,), (0,), (33, 7), (), (301,)]
 
@@ -227,6 +234,45 @@ def test_the_staged_path_refuses_a_capture_on_all_ranks(gpu, rank, size):
     assert_library_works()
 
 
+# ---- graphs --------------------------------------------------------------------------------------
+
+
+@gpu_modes("emulated")
+def test_replays_of_a_graph_follow_changed_inputs(gpu, rank, size):
+    def calls(tensors: list[torch.Tensor]) -> hvd.ReductionStats:
+        hvd.allreduce_(tensors[0], op=hvd.Sum)
+        hvd.grouped_allreduce_(tensors[1:3], op=hvd.Sum, prescale_factor=0.5)
+        hvd.allreduce_(tensors[3], op=hvd.Adasum)
+        hvd.broadcast_(tensors[4], size - 1)
+        _, stats = hvd.grouped_allreduce_with_stats_(tensors[5:], [0, 1], op=hvd.Sum)
+        return stats
+
+    if hvd.cuda_path().path == CudaPath.staged:
+        pytest.skip("the staged path cannot be captured")
+    shapes = [(5,), (33, 7), (8,), (301,), (17,), (64, 3), ()]
+    tensors = [integers(rank, shape, torch.float64, 1) for shape in shapes]
+    calls(tensors)
+    runtime_of_gpu = EmulatedRuntime(gpu)
+    with runtime_of_gpu.capture() as graph:
+        stats = calls(tensors)
+    for seed in range(3):
+        values = [integers(rank, shape, torch.float64, seed) for shape in shapes]
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+        runtime_of_gpu.replay(graph)
+        with gpu.host():
+            expected = calls(values)
+        for place, (tensor, oracle) in enumerate(zip(tensors, values, strict=True)):
+            bound = 1e-12 if place == 3 else 0.0  # Adasum's roundings, as above
+            torch.testing.assert_close(tensor, oracle, rtol=bound, atol=bound)
+        bound = 1e-13 * expected.groups.abs().nan_to_num().amax().item()  # as above
+        torch.testing.assert_close(
+            stats.groups, expected.groups, rtol=0, atol=bound, equal_nan=True
+        )
+        assert_equal(stats.nonfinite, expected.nonfinite)
+    hvd.allreduce(torch.ones(3))  # the set works on, and its errors would be raised here
+
+
 # ---- paths ---------------------------------------------------------------------------------------
 
 
@@ -248,8 +294,8 @@ def test_the_staged_path_is_warned_of_once_per_set(gpu, rank, size, warnings):
 
 
 @gpu_modes("stand-in")
-def test_ranks_that_share_a_gpu_are_warned_of(gpu, rank, size, warnings, monkeypatch):
-    monkeypatch.setattr(streams, "uuid_of", lambda device: f"GPU-{rank // 2}")
+def test_ranks_that_share_a_gpu_are_warned_of(gpu, rank, size, warnings):
+    gpu.uuid = f"GPU-{rank // 2}"
     hvd.allreduce(torch.ones(3))
     assert len(warnings) == (rank == 0 and size > 1)
     assert all("ranks 0, 1 have GPU-0" in text for text in warnings)
@@ -282,16 +328,15 @@ def test_a_mistake_at_the_first_call_leaves_the_set_without_a_path_everywhere(gp
 
 @every_gpu
 @pytest.mark.min_ranks(2)
-def test_tensors_on_two_devices_on_one_rank_raise_on_all(gpu, rank, size, monkeypatch):
+def test_tensors_on_two_devices_on_one_rank_raise_on_all(gpu, rank, size):
     hvd.allreduce(torch.ones(3))
     tensors = [torch.ones(3), torch.ones(3)]
     if rank == 1:
-        second = tensors[1].data_ptr()
-        monkeypatch.setattr(streams, "device_of", lambda t: None if t.data_ptr() == second else 0)
+        gpu.lies_here = lambda tensor: tensor is not tensors[1]
     error = ValueError if rank == 1 else hvd.HorovodInternalError
     with pytest.raises(error, match="all tensors must be on one device"):
         hvd.grouped_allreduce(tensors)
-    monkeypatch.setattr(streams, "device_of", gpu.device_of)
+    gpu.lies_here = lambda tensor: True
     assert_library_works()
 
 
@@ -310,11 +355,9 @@ def test_ranks_that_cut_into_different_numbers_of_pieces_raise_before_data_moves
 
 
 @every_gpu
-def test_parameters_on_two_devices_are_broadcast_together(gpu, rank, size, monkeypatch):
+def test_parameters_on_two_devices_are_broadcast_together(gpu, rank, size):
     # As a model with a counter on the CPU.
-    monkeypatch.setattr(
-        streams, "device_of", lambda t: 0 if gpu.is_on and t.dtype == torch.float32 else None
-    )
+    gpu.lies_here = lambda tensor: tensor.dtype == torch.float32
     state = {"weight": torch.full((4, 3), float(rank)), "steps": torch.tensor(rank)}
     hvd.broadcast_parameters(state, size - 1)
     assert_equal(state["weight"], torch.full((4, 3), float(size - 1)))
@@ -322,9 +365,9 @@ def test_parameters_on_two_devices_are_broadcast_together(gpu, rank, size, monke
 
 
 @every_gpu
-def test_an_optimizers_state_on_two_devices_is_broadcast(gpu, rank, size, monkeypatch):
+def test_an_optimizers_state_on_two_devices_is_broadcast(gpu, rank, size):
     # Adam counts its steps on the CPU.
-    monkeypatch.setattr(streams, "device_of", lambda t: 0 if gpu.is_on and t.dim() > 0 else None)
+    gpu.lies_here = lambda tensor: tensor.dim() > 0
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     with torch.no_grad():
