@@ -30,7 +30,8 @@ def current(device: int) -> int:
 
 def is_capturing(device: int | None = None) -> bool:
     """Whether this thread's current stream, on ``device``, is being captured into a graph."""
-    if not torch.cuda.is_initialized():  # and builds without CUDA cannot be asked
+    # Builds without CUDA cannot be asked.
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     if device is None:
         return torch.cuda.is_current_stream_capturing()
