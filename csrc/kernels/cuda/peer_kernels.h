@@ -47,15 +47,15 @@ std::int64_t peer_num_slots(std::int64_t num_segments, std::int64_t num_items, i
 /// dtypes with arithmetic. With `squares`, of sums of floats, only elements of segments are
 /// reduced, and per segment come the sums over all ranks of |in[r]|^2, and |result|^2 after the
 /// division and before it is rounded: summed over the shards in rank order, the same bits on all
-/// ranks. Two launches with squares, one without.
+/// ranks; what scattered ranks keep must then cut the buffer up. Two launches with squares, one
+/// without.
 struct PeerReduceArgs {
   PeerContext peers;
   Elementwise op = Elementwise::sum;
   double divisor = 1.0;
-  /// Each rank reduces and receives only the elements of `keeps`, of its own choice. For squares
-  /// they must cut the buffer up without overlaps.
+  /// Each rank receives only the elements of `keeps` (of its own choice); empty: everything.
   bool scatters = false;
-  Range keeps;
+  Range keeps{};              ///< with `scatters`: what this rank wants in its out[]
   double* squares = nullptr;  ///< device, [2][segments]: sum over ranks, result; or null
   double* work = nullptr;     ///< device, peer_work_numel() doubles
 };
