@@ -281,6 +281,15 @@ def test_requests_of_all_kinds_follow_each_other_without_a_pause(
         assert reference.same_bits(paused, unpaused)
 
 
+def release_when_awaited(ranks: PeerRanks) -> None:
+    """Rank 0, when all others have come to their first barrier."""
+    deadline = time.monotonic() + HANG_LIMIT
+    while min(ranks.arrivals(0)[1:]) == 0 and time.monotonic() < deadline:
+        pass
+    assert min(ranks.arrivals(0)[1:]) == 1
+    ranks.release(0)
+
+
 @pytest.mark.parametrize("size", [2, 3, 8])
 @pytest.mark.parametrize("request_", ["adasum", "reduce", "copy"])
 def test_no_rank_reads_an_input_that_its_owner_has_not_finished(
@@ -306,11 +315,7 @@ def test_no_rank_reads_an_input_that_its_owner_has_not_finished(
             else:
                 ranks.copy(pieces)
             if late:
-                deadline = time.monotonic() + HANG_LIMIT
-                while min(ranks.arrivals(0)[1:]) == 0 and time.monotonic() < deadline:
-                    pass
-                assert min(ranks.arrivals(0)[1:]) == 1
-                ranks.release(0)
+                release_when_awaited(ranks)
             results.append(ranks.read("out"))
     for early_out, late_out in zip(*results, strict=True):
         assert reference.same_bits(early_out, late_out)
@@ -326,7 +331,7 @@ def test_a_rank_that_has_finished_holds_all_results(
     segments = [(half * (1 - early), half)]
     vectors = [rng.standard_normal(2 * half).astype(np.float32) for _ in range(2)]
     mine = slice(segments[0][0], sum(segments[0]))
-    with PeerRanks(library, 2, "float32", segments, 2 * half) as ranks:
+    with PeerRanks(library, 2, "float32", segments, 2 * half, blocks=1) as ranks:
         ranks.write(vectors)
         for _ in range(5):
             ranks.write([np.zeros(2 * half, np.float32)] * 2, "out")
@@ -346,8 +351,9 @@ def test_an_input_may_change_as_soon_as_its_rank_has_finished(
     numel = 65_536
     vectors = [rng.standard_normal(numel).astype(np.float32) for _ in range(2)]
     for _ in range(5):
-        with PeerRanks(library, 2, "float32", [], numel) as ranks:
+        with PeerRanks(library, 2, "float32", [], numel, blocks=1) as ranks:
             ranks.write(vectors)
+            ranks.hold(0)  # it comes last, and is the first to go on
             if request_ == "scatter":
                 ranks.reduce("sum", keeps=[(0, 0), (0, numel)])
                 expected = vectors[0] + vectors[1]
@@ -355,4 +361,5 @@ def test_an_input_may_change_as_soon_as_its_rank_has_finished(
                 ranks.copy([[], [(0, 0, 4 * numel, 0)]])
                 expected = vectors[0]
             ranks.write_later(0, np.full(numel, np.nan, np.float32))
+            release_when_awaited(ranks)
             assert reference.same_bits(ranks.read_of(1, "out"), expected)

@@ -43,10 +43,12 @@ Range peer_shard(std::int64_t numel, int rank, int size);
 std::int64_t peer_items_per_run(std::int64_t num_items, int size);
 std::int64_t peer_num_slots(std::int64_t num_segments, std::int64_t num_items, int size);
 
-/// Every rank's out[] = in[0] op in[1] op ... / divisor, by elements; all dtypes with arithmetic.
-/// With `squares`, also per segment and rank the sum of |in[r]|^2 and of |result|^2 before it is
-/// rounded, summed over the shards in rank order, the same bits on all ranks. Two launches with
-/// squares, one without.
+/// Every rank's out[] = in[0] op in[1] op ... / divisor, by elements, with the CPU's rules; all
+/// dtypes with arithmetic. With `squares`, of sums of floats, only elements of segments are
+/// reduced, and per segment come the sums over all ranks of |in[r]|^2, and |result|^2 after the
+/// division and before it is rounded: summed over the shards in rank order, the same bits on all
+/// ranks; what scattered ranks keep must then cut the buffer up. Two launches with squares, one
+/// without.
 struct PeerReduceArgs {
   PeerContext peers;
   Elementwise op = Elementwise::sum;

@@ -28,7 +28,7 @@ struct DeviceFacts {
 };
 
 /// What this process can say of a GPU; host, NCCL's version and the wanted path are the caller's.
-/// Throws DeviceError.
+/// Makes that GPU the calling thread's current one. Throws DeviceError.
 DeviceFacts describe_device(int device);
 
 }  // namespace adareduce::cuda
