@@ -124,6 +124,8 @@ def emulate(mode: str) -> Iterator[Gpu]:
         )
         patch.setattr(streams, "empty_pinned", lambda numel, dtype: torch.empty(numel, dtype=dtype))
         patch.setattr(streams, "CopyStream", ImmediateCopies)
+        # Whether this build has the real module must not decide; _load gives another.
+        patch.setattr(cuda_library, "is_built", lambda: False)
         _keep_objects_on_the_host(patch, gpu)
         {"staged": _stage, "stand-in": _stand_in, "emulated": _load}[mode](patch, gpu)
         _forget_paths()
