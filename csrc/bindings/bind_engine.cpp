@@ -40,6 +40,35 @@ EngineHolder over_mpi(const py::capsule& plugin, std::uint64_t handle,
   return {std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings)};
 }
 
+// One call of one rank. `drives`: it is done on this thread as far as it goes.
+template <bool drives>
+std::shared_ptr<Handle> submit(EngineHolder& self, int process_set, int collective,
+                               std::string name, int op, Rank root, double prescale,
+                               double postscale, const py::sequence& tensors,
+                               std::vector<std::int64_t> splits, bool has_statistics,
+                               std::vector<double> local_squares) {
+  Request request{.collective = static_cast<Collective>(collective),
+                  .name = std::move(name),
+                  .op = static_cast<ReduceOp>(op),
+                  .root = root,
+                  .prescale = prescale,
+                  .postscale = postscale,
+                  .tensors = tensors_of(tensors),
+                  .splits = std::move(splits),
+                  .has_statistics = has_statistics,
+                  .local_squares = std::move(local_squares)};
+  Engine& engine = self.get();
+  if constexpr (!drives) return engine.submit(process_set, std::move(request));
+  const py::gil_scoped_release no_gil;
+  return engine.submit(process_set, std::move(request), true);
+}
+
+#define ADAREDUCE_SUBMIT_ARGUMENTS                                                              \
+  py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"), py::arg("op"), \
+      py::arg("root"), py::arg("prescale"), py::arg("postscale"), py::arg("tensors"),           \
+      py::arg("splits") = std::vector<std::int64_t>(), py::arg("has_statistics") = false,       \
+      py::arg("local_squares") = std::vector<double>()
+
 void bind_handle(py::module_& module) {
   py::class_<Buffer, std::shared_ptr<Buffer>>(module, "Memory", py::buffer_protocol())
       .def_buffer([](Buffer& memory) {
@@ -72,13 +101,15 @@ void bind_handle(py::module_& module) {
 
 void bind_engine(py::module_& module) {
   py::class_<Settings>(module, "Settings")
-      .def(py::init([](double warn_after, double fail_after) {
+      .def(py::init([](double warn_after, double fail_after, bool shared_memory) {
              Settings settings;
              settings.warn_after = Seconds{warn_after};
              settings.fail_after = Seconds{fail_after};
+             settings.shared_memory = shared_memory;
              return settings;
            }),
-           py::kw_only(), py::arg("warn_after"), py::arg("fail_after"));
+           py::kw_only(), py::arg("warn_after"), py::arg("fail_after"),
+           py::arg("shared_memory") = false);
   py::class_<ThreadWorld, std::shared_ptr<ThreadWorld>>(module, "ThreadWorld")
       .def(py::init<int>(), py::arg("size"))
       .def("traffic", [](ThreadWorld& world) {
@@ -94,28 +125,21 @@ void bind_engine(py::module_& module) {
                   py::arg("settings"), py::arg("counts_work") = false, NoGil())
       .def_static("over_mpi", &over_mpi, py::arg("plugin"), py::arg("handle"), py::arg("ranks"),
                   py::arg("settings"))
+      .def("submit", &submit<false>, ADAREDUCE_SUBMIT_ARGUMENTS)
+      .def("run", &submit<true>, ADAREDUCE_SUBMIT_ARGUMENTS)
       .def(
-          "submit",
-          [](EngineHolder& self, int process_set, int collective, std::string name, int op,
-             Rank root, double prescale, double postscale, const py::sequence& tensors,
-             std::vector<std::int64_t> splits, bool has_statistics,
-             std::vector<double> local_squares) {
-            return self.get().submit(process_set,
-                                     {.collective = static_cast<Collective>(collective),
-                                      .name = std::move(name),
-                                      .op = static_cast<ReduceOp>(op),
-                                      .root = root,
-                                      .prescale = prescale,
-                                      .postscale = postscale,
-                                      .tensors = tensors_of(tensors),
-                                      .splits = std::move(splits),
-                                      .has_statistics = has_statistics,
-                                      .local_squares = std::move(local_squares)});
+          "shared_memory",
+          [](EngineHolder& self, int process_set) {
+            const Engine::SharedFacts facts = [&] {
+              const py::gil_scoped_release no_gil;
+              return self.get().shared_facts(process_set);
+            }();
+            std::vector<std::tuple<std::string, std::string, std::int64_t>> choices;
+            for (const SharedTuning::Row& row : facts.choices)
+              choices.emplace_back(row.what, row.choice, row.requests);
+            return std::tuple(facts.is_used, facts.why_not, choices);
           },
-          py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"),
-          py::arg("op"), py::arg("root"), py::arg("prescale"), py::arg("postscale"),
-          py::arg("tensors"), py::arg("splits") = std::vector<std::int64_t>(),
-          py::arg("has_statistics") = false, py::arg("local_squares") = std::vector<double>())
+          py::arg("process_set"))
       .def(
           "reject",
           [](EngineHolder& self, int process_set, bool is_barrier, const std::string& reason) {

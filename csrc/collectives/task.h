@@ -1,4 +1,5 @@
 #pragma once
+#include <concepts>
 #include <coroutine>
 #include <cstdint>
 #include <exception>
@@ -12,8 +13,9 @@ namespace adareduce {
 /// A collective under way: a coroutine that gives its thread back wherever it would wait for a
 /// peer.
 ///
-/// Inside one, `co_await transport.start(...)` goes on when the exchange is complete, and
-/// `co_await other_task(...)` when the other one has ended. One thread at a time calls progress().
+/// Inside one, `co_await transport.start(...)` goes on when the exchange is complete, `co_await
+/// memory.wait(...)` when the ranks have come so far, and `co_await other_task(...)` when the other
+/// one has ended. One thread at a time calls progress().
 class Task {
  public:
   struct promise_type;
@@ -66,6 +68,20 @@ struct Task::promise_type {
     void await_resume() {}
   };
 
+  /// An exchange that stands in the coroutine itself, and is looked at before anybody suspends.
+  template <typename OwnExchange>
+  struct OwnExchangeAwaiter {
+    OwnExchange exchange;
+    Waiting* waiting;
+
+    bool await_ready() { return exchange.is_soon(); }
+    void await_suspend(std::coroutine_handle<> self) {
+      waiting->innermost = self;
+      waiting->exchange = &exchange;
+    }
+    void await_resume() {}
+  };
+
   struct TaskAwaiter {
     Task task;
     Waiting* waiting;
@@ -106,6 +122,10 @@ struct Task::promise_type {
   void unhandled_exception() { error = std::current_exception(); }
 
   ExchangeAwaiter await_transform(std::unique_ptr<Exchange> exchange) {
+    return {std::move(exchange), waiting};
+  }
+  template <std::derived_from<Exchange> OwnExchange>
+  OwnExchangeAwaiter<OwnExchange> await_transform(OwnExchange exchange) {
     return {std::move(exchange), waiting};
   }
   TaskAwaiter await_transform(Task task) { return {std::move(task), waiting}; }

@@ -12,12 +12,6 @@ namespace {
 
 constexpr std::size_t kDifferencesToList = 3;
 
-void merge(Header& into, const Header& other) {
-  if (into.sequence != other.sequence || !(into.signature == other.signature))
-    into.flags |= kDiffers;
-  into.flags |= other.flags;
-}
-
 // Strings one after the other, each behind its length.
 class Writer {
  public:
@@ -96,6 +90,13 @@ std::string side_list(const Sides& sides, std::string_view between) {
 }
 
 }  // namespace
+
+void merge(Header& into, const Header& other) {
+  if (into.sequence != other.sequence || !(into.signature == other.signature))
+    into.flags |= kDiffers;
+  into.flags |= other.flags;
+  if (into.placement != other.placement) into.placement = 0;
+}
 
 Task agree(Transport& transport, int tag, Header& header) {
   // Dissemination (Hensgen, Finkel, Manber 1988): after round k a rank knows the 2^k ranks up to

@@ -13,11 +13,16 @@ struct Header {
   std::uint64_t sequence = 0;  ///< counts the requests of one channel
   Signature signature;
   std::uint32_t flags = kNormal;
-  std::uint32_t padding = 0;  ///< no byte of the wire is uninitialised
+  std::uint32_t choice = 0;     ///< SharedChoice; that of the first rank counts
+  std::uint64_t placement = 0;  ///< where the tensors lie in shared memory; 0: not all do
 
-  /// Whether some ranks were quicker than the agreement makes no difference to it.
-  bool is_agreed() const { return (flags & ~kLaunched) == kNormal; }
+  /// Whether some ranks were quicker than the agreement makes no difference to it, nor does how
+  /// their tensors lie.
+  bool is_agreed() const { return (flags & ~(kLaunched | kOverlaps)) == kNormal; }
 };
+
+/// Adds another rank's header: flags are united, and what differs is marked.
+void merge(Header& into, const Header& other);
 
 /// Merges every rank's `header` into it: flags are united, and kDiffers is set where a sequence
 /// number or signature is not everyone's. The same result on all ranks. Collective on `transport`:

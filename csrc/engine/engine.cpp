@@ -18,10 +18,12 @@ constexpr Seconds kFirstSleep{20e-6};
 // Last words of a process may still be on their way when its end is noticed.
 constexpr Seconds kGraceAfterDeath{0.2};
 
-// An error that belongs to no request, such as MPI's end under our feet, ends the process set and
-// not the process.
+// Drives a set for a moment, unless a caller does. An error that belongs to no request, such as
+// MPI's end under our feet, ends the process set and not the process.
 template <typename Step>
 bool guarded(ProcessSet& set, Step step) {
+  const std::unique_lock driver(set.driving(), std::try_to_lock);
+  if (!driver) return false;
   try {
     return step();
   } catch (const std::exception& error) {
@@ -48,9 +50,7 @@ Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportPr
       liveness_(bootstrap_->kind() == "threads" ? Liveness()
                                                 : Liveness(layout_.processes, layout_.rank)) {
   const std::vector<Rank> ranks = all_ranks(layout_.size);
-  sets_.push_back(std::make_shared<ProcessSet>("the global process set", ranks,
-                                               transports_->connect(ranks, kGlobalSet), kernels_,
-                                               settings_, log_));
+  sets_.push_back(connect("the global process set", ranks, kGlobalSet));
   worker_ = std::thread([this] { run(); });
 }
 
@@ -67,6 +67,33 @@ Engine::~Engine() {
     if (!set->is_over()) set->break_down("the engine was destroyed before shutdown()");
   for (const auto& calls : device_calls) calls->destroy();
   if (!breakage().empty()) bootstrap_->abandon();
+}
+
+std::shared_ptr<ProcessSet> Engine::connect(std::string name, const std::vector<Rank>& ranks,
+                                            int id) {
+  TransportPair transports = transports_->connect(ranks, id);
+  std::string why_not;
+  auto shared = SharedNode::make(*transports.control, ranks, layout_, settings_, kernels_, why_not);
+  {
+    const std::lock_guard lock(mutex_);
+    why_not_shared_[id] = why_not;
+  }
+  return std::make_shared<ProcessSet>(std::move(name), ranks, std::move(transports), kernels_,
+                                      settings_, log_, std::move(shared));
+}
+
+Engine::SharedFacts Engine::shared_facts(int process_set) {
+  const auto set = find(process_set);
+  SharedFacts facts;
+  facts.is_used = set->shared() != nullptr;
+  if (facts.is_used) {
+    const std::lock_guard driver(set->driving());
+    facts.choices = set->shared()->tuning().rows();
+  } else {
+    const std::lock_guard lock(mutex_);
+    facts.why_not = why_not_shared_[process_set];
+  }
+  return facts;
 }
 
 int Engine::add_process_set(const std::vector<Rank>& ranks) {
@@ -93,9 +120,7 @@ int Engine::add_process_set(const std::vector<Rank>& ranks) {
     sets_.push_back(nullptr);
   }
   if (std::find(ranks.begin(), ranks.end(), layout_.rank) != ranks.end()) {
-    auto set =
-        std::make_shared<ProcessSet>(concat("process set ", id), ranks,
-                                     transports_->connect(ranks, id), kernels_, settings_, log_);
+    auto set = connect(concat("process set ", id), ranks, id);
     const std::lock_guard lock(mutex_);
     sets_[static_cast<std::size_t>(id)] = std::move(set);
   }
@@ -113,13 +138,14 @@ std::shared_ptr<ProcessSet> Engine::find(int process_set) {
   return set;
 }
 
-std::shared_ptr<Handle> Engine::submit(int process_set, Request request) {
+std::shared_ptr<Handle> Engine::submit(int process_set, Request request, bool drives) {
   const auto set = find(process_set);
   check(request, set->size());
   if (request.device.kind != DeviceKind::cpu)
     throw UsageError(concat(name_of(request.collective), ": device must be cpu, got cuda"));
   auto handle = set->submit(std::move(request));
-  wakeup_.wake();
+  if (drives) set->drive(*handle);
+  if (!drives || !handle->is_finished()) wakeup_.wake();
   return handle;
 }
 
@@ -207,15 +233,26 @@ void Engine::run() {
   Clock::time_point last_move = Clock::now();
   Clock::time_point last_service = last_move;
   Seconds nap = kFirstSleep;
+  std::ptrdiff_t num_busy = 0;
+  const auto longest_sleep =
+      std::chrono::duration_cast<std::chrono::microseconds>(settings_.longest_sleep);
   while (!must_stop_.load(std::memory_order_acquire)) {
     const Sets sets = snapshot();
     const Clock::time_point now = Clock::now();
-    bool has_moved = false, is_busy = false, is_moving_bytes = false;
-    for (const auto& set : sets) {
-      has_moved |= guarded(*set, [&] { return set->progress(now); });
-      is_busy |= set->is_busy();
-      is_moving_bytes |= set->is_moving_bytes();
-    }
+    bool has_moved = false, has_slept = false, is_moving_bytes = false;
+    for (const auto& set : sets)
+      has_moved |= guarded(*set, [&] {
+        // Whoever sleeps in one set must have nothing to do in another.
+        set->set_longest_sleep(num_busy == 1 && set->is_busy() ? longest_sleep
+                                                               : std::chrono::microseconds{0});
+        const bool moves = set->progress(now);
+        has_slept |= set->has_slept();
+        is_moving_bytes |= set->is_moving_bytes();
+        return moves;
+      });
+    num_busy =
+        std::count_if(sets.begin(), sets.end(), [](const auto& set) { return set->is_busy(); });
+    const bool is_busy = num_busy > 0;
     // Also in the middle of long transfers: peers that wait for another set want to know.
     const bool is_time_to_serve = now - last_service >= settings_.idle_tick;
     if (is_time_to_serve) {
@@ -242,6 +279,7 @@ void Engine::run() {
       continue;
     }
     report_deaths(sets, now);
+    if (has_slept) continue;
     if (is_busy) {
       wakeup_.sleep(nap, {});
       nap = std::min(2 * nap, settings_.longest_sleep);
@@ -267,6 +305,8 @@ void Engine::report_deaths(const Sets& sets, Clock::time_point now) {
     for (const Rank rank : set->ranks())
       if (std::find(dead.begin(), dead.end(), rank) != dead.end()) lost.push_back(rank);
     if (lost.empty() || set->is_over()) continue;
+    const std::unique_lock driver(set->driving(), std::try_to_lock);
+    if (!driver) continue;  // next time
     std::string who;
     for (const Rank rank : lost) {
       const ProcessInfo& process = layout_.processes[static_cast<std::size_t>(rank)];

@@ -34,10 +34,23 @@ class Engine {
   /// order; blocks. Returns its id, the same everywhere, on ranks outside the set too.
   int add_process_set(const std::vector<Rank>& ranks);
 
-  /// Queues a request and returns. Ranks of the set submit in the same order.
+  /// Queues a request and returns; with `drives`, does its work on the calling thread as long as it
+  /// goes on and nothing else is pending. Ranks of the set submit in the same order.
   /// Throws UsageError for an unknown set, a rank outside it or an impossible request;
   /// TransportError where the set is broken.
-  std::shared_ptr<Handle> submit(int process_set, Request request);
+  std::shared_ptr<Handle> submit(int process_set, Request request, bool drives = false);
+
+  /// How the ranks of a set share memory, and how data go through it; or why they do not.
+  struct SharedFacts {
+    bool is_used = false;
+    std::string why_not;
+    std::vector<SharedTuning::Row> choices;
+  };
+  SharedFacts shared_facts(int process_set);
+  /// Memory of `bytes` of every rank of the set, which all of them map. Collective over the set,
+  /// and nothing else may be; blocks. Null where they do not share memory. Throws SharedMemoryError
+  /// on all ranks where there is not enough.
+  std::shared_ptr<SharedWindows> allocate_shared(int process_set, std::int64_t bytes);
 
   /// Lets process sets work on CUDA tensors, with this adareduce_cuda_path. Once per engine; local.
   /// The plugin outlives the engine. Throws UsageError for one of another version.
@@ -60,6 +73,7 @@ class Engine {
  private:
   using Sets = std::vector<std::shared_ptr<ProcessSet>>;
 
+  std::shared_ptr<ProcessSet> connect(std::string name, const std::vector<Rank>& ranks, int id);
   std::shared_ptr<ProcessSet> find(int process_set);
   Sets snapshot();
   std::vector<std::shared_ptr<DeviceCalls>> all_device_calls();
@@ -78,6 +92,7 @@ class Engine {
 
   std::mutex mutex_;
   Sets sets_;  // by id; null on ranks outside the set. Guarded by mutex_
+  std::map<int, std::string> why_not_shared_;                 // by id; guarded by mutex_
   std::map<int, std::shared_ptr<DeviceCalls>> device_calls_;  // by id; guarded by mutex_
   const adareduce_cuda_plugin* cuda_plugin_ = nullptr;        // guarded by mutex_
   int wanted_cuda_path_ = ADAREDUCE_CUDA_AUTO;                // guarded by mutex_

@@ -2,63 +2,18 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <numeric>
 
 #include "base/errors.h"
 #include "collectives/allgather.h"
 #include "collectives/reduce_scatter.h"
-#include "kernels/coefficients.h"
+#include "engine/packing.h"
 
 namespace adareduce {
 namespace {
 
 void copy(void* to, const void* from, std::int64_t bytes) {
   if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
-}
-
-void pack(const Context& context, const Request& request, const Plan& plan, Workspace& workspace) {
-  for (const Plan::Part& part : plan.parts) {
-    const std::int64_t width = size_of(part.dtype);
-    std::vector<const void*> inputs;
-    for (const Plan::Piece& piece : part.pieces)
-      inputs.push_back(at(request.tensors[piece.tensor].input, piece.begin, width));
-    const SegmentTable table = part.table();
-    context.kernels.pack({.tensors = inputs.data(),
-                          .fused = at(workspace.data.data(), part.offset, 1),
-                          .numel = part.numel,
-                          .dtype = part.dtype,
-                          .segments = &table,
-                          .scale = request.prescale},
-                         context.stream);
-  }
-}
-
-// `nonfinite`, where it is not null, has one number per tensor of the request.
-void unpack(const Context& context, const Request& request, const Plan& plan, Workspace& workspace,
-            std::int64_t* nonfinite = nullptr) {
-  for (const Plan::Part& part : plan.parts) {
-    const std::int64_t width = size_of(part.dtype);
-    const bool owns_rows = request.collective == Collective::reducescatter;
-    std::vector<void*> outputs;
-    for (std::int64_t p = part.own_pieces.begin; p < part.own_pieces.end; ++p) {
-      const Plan::Piece& piece = part.pieces[static_cast<std::size_t>(p)];
-      outputs.push_back(
-          at(request.tensors[piece.tensor].output, owns_rows ? 0 : piece.begin, width));
-    }
-    const SegmentTable table = part.own_table();
-    std::vector<std::int64_t> counts(nonfinite == nullptr ? 0 : outputs.size());
-    context.kernels.unpack({.fused = at(workspace.data.data(), part.offset, 1),
-                            .tensors = outputs.data(),
-                            .dtype = part.dtype,
-                            .segments = &table,
-                            .scale = request.postscale,
-                            .nonfinite = nonfinite == nullptr ? nullptr : counts.data()},
-                           context.stream);
-    for (std::size_t p = 0; p < counts.size(); ++p)
-      nonfinite[part.pieces[static_cast<std::size_t>(part.own_pieces.begin) + p].tensor] +=
-          counts[p];
-  }
 }
 
 FusedBuffer fused_buffer(const Plan::Part& part, Workspace& workspace) {
@@ -71,26 +26,9 @@ std::span<double> stats_of(const Plan::Part& part, Workspace& workspace) {
           static_cast<std::size_t>(part.reduction.stats_numel)};
 }
 
-// {sum |g_i|^2, |sum g_i|^2} of each group become {sum |g_i|^2, |mean|^2, sigma^2, mu^2}. Where the
-// squares were given, it is not known of how many gradients, and there are no estimates.
-std::vector<double> group_statistics(std::span<const double> squares, int num_ranks,
-                                     bool are_given) {
-  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-  constexpr VarianceAndNorm kUnknown{kNan, kNan};
-  std::vector<double> rows;
-  for (std::size_t i = 0; i < squares.size(); i += kSquaresPerGroup) {
-    const double scale = num_ranks;
-    const double of_mean = squares[i + 1] / (scale * scale);
-    const VarianceAndNorm estimate =
-        are_given ? kUnknown : variance_and_norm(squares[i], of_mean, scale);
-    rows.insert(rows.end(), {squares[i], of_mean, estimate.variance, estimate.squared_norm});
-  }
-  return rows;
-}
-
 Task execute_allreduce(Context context, const Request& request, const Plan& plan,
                        Workspace& workspace, Result& result) {
-  pack(context, request, plan, workspace);
+  pack(context.kernels, request, plan, workspace.data.data());
   std::vector<double> squares(static_cast<std::size_t>(request.num_groups() * kSquaresPerGroup));
   ReductionStatistics& statistics = result.statistics;
   const bool has_orthogonality = request.has_statistics && request.op == ReduceOp::adasum;
@@ -109,31 +47,25 @@ Task execute_allreduce(Context context, const Request& request, const Plan& plan
   statistics.groups = group_statistics(squares, context.transport.size(), !local_squares.empty());
   if (request.has_statistics) statistics.nonfinite.resize(request.tensors.size());
   // Only now: all tensors are written, or none.
-  unpack(context, request, plan, workspace,
+  unpack(context.kernels, request, plan, workspace.data.data(),
          request.has_statistics ? statistics.nonfinite.data() : nullptr);
 }
 
 Task execute_reducescatter(Context context, const Request& request, const Plan& plan,
                            Workspace& workspace) {
-  pack(context, request, plan, workspace);
+  pack(context.kernels, request, plan, workspace.data.data());
   for (const Plan::Part& part : plan.parts)
     co_await reduce_scatter(context, fused_buffer(part, workspace), part.reduction.shards,
                             reduction_of(request.op, context.transport.size()), {});
-  unpack(context, request, plan, workspace);
+  unpack(context.kernels, request, plan, workspace.data.data());
 }
 
 Task execute_broadcast(Context context, const Request& request, const Plan& plan,
                        Workspace& workspace) {
-  if (context.transport.rank() == request.root) pack(context, request, plan, workspace);
+  if (context.transport.rank() == request.root)
+    pack(context.kernels, request, plan, workspace.data.data());
   co_await broadcast(context, plan.broadcast, workspace.data.data(), plan.fused_bytes);
-  unpack(context, request, plan, workspace);
-}
-
-// Bytes of one row.
-std::int64_t row_bytes(const TensorArg& tensor) {
-  TensorArg row{.shape = tensor.shape};
-  row.shape.front() = 1;
-  return row.numel() * size_of(tensor.dtype);
+  unpack(context.kernels, request, plan, workspace.data.data());
 }
 
 Task execute_allgather(Context context, const Request& request, Result& result) {
@@ -210,7 +142,7 @@ Task execute_alltoall(Context context, const Request& request, const Plan& plan,
   gathered.memory =
       std::make_shared<Buffer>(static_cast<std::size_t>(gathered.shape.front() * width));
 
-  pack(context, request, plan, workspace);
+  pack(context.kernels, request, plan, workspace.data.data());
   std::vector<SendPart> sends;
   std::vector<RecvPart> receives;
   const char* from_here = static_cast<const char*>(workspace.data.data());

@@ -4,6 +4,8 @@
 #include <tuple>
 
 #include "collectives/reduce_scatter.h"
+#include "kernels/gram.h"
+#include "transports/shared_memory/shared_memory.h"
 
 namespace adareduce {
 namespace {
@@ -125,6 +127,21 @@ void plan_part(Plan::Part& part, const Request& request, Rank rank, int size) {
     part.reduction = make_sharded_plan(request.op, rank, equal_shards(part.numel, size), {}, 0);
 }
 
+// What all ranks read of all payloads is less than what a second synchronisation costs.
+constexpr std::int64_t kMostSmallBytes = std::int64_t{128} << 10;
+
+bool is_small(const Request& request, const Plan& plan, int size) {
+  if (request.collective != Collective::allreduce && request.collective != Collective::broadcast &&
+      request.collective != Collective::reducescatter)
+    return false;
+  const std::int64_t bytes =
+      plan.fused_bytes + request.num_groups() * static_cast<std::int64_t>(sizeof(double));
+  const bool is_gram =
+      request.collective == Collective::allreduce && request.op == ReduceOp::adasum;
+  if (is_gram && size > GramTree::kMaxLeaves) return false;
+  return bytes <= SharedMemory::kPayloadBytes && bytes * size <= kMostSmallBytes;
+}
+
 }  // namespace
 
 std::pair<std::vector<TensorSegment>, std::int64_t> lay_out(
@@ -159,6 +176,8 @@ Plan make_plan(const Request& request, Rank rank, int size) {
     plan.scratch_bytes = std::max(plan.scratch_bytes, part.reduction.scratch_numel * width);
     plan.stats_numel = std::max(plan.stats_numel, part.reduction.stats_numel);
   }
+  plan.is_small = is_small(request, plan, size);
+  plan.shared = std::make_shared<std::unordered_map<std::uint32_t, SharedSchedule>>();
   if (request.collective == Collective::broadcast)
     plan.broadcast = make_broadcast_schedule(rank, size, request.root);
   return plan;

@@ -5,6 +5,7 @@
 
 #include "collectives/allreduce.h"
 #include "collectives/broadcast.h"
+#include "collectives/shared_schedule.h"
 #include "engine/request.h"
 
 namespace adareduce {
@@ -43,7 +44,14 @@ struct Plan {
   std::int64_t fused_bytes = 0;
   std::int64_t scratch_bytes = 0;
   std::int64_t stats_numel = 0;
+  /// Over shared memory the data go with the headers: one synchronisation.
+  bool is_small = false;
+  /// Schedules through shared memory, by part and SharedChoice; made when they are needed first.
+  std::shared_ptr<std::unordered_map<std::uint32_t, SharedSchedule>> shared;
 };
+
+/// Most ranks that share memory.
+inline constexpr std::size_t kMaxSharedRanks = 64;
 
 /// Where each tensor of `numels` lies in a fused buffer: one after the other, each on a multiple of
 /// kShardAlignment elements. Returns the segments and the buffer's length.

@@ -1,8 +1,11 @@
 #include "engine/process_set.h"
 
+#include <sched.h>
+
 #include <algorithm>
 
 #include "base/errors.h"
+#include "engine/shared_execution.h"
 
 namespace adareduce {
 namespace {
@@ -19,6 +22,9 @@ int channel_of(Collective collective) {
 // Why a mistake that is harmless on the CPU is not.
 constexpr std::string_view kLaunchedWords =
     " Work that was enqueued on GPUs before the ranks were compared cannot be finished.";
+// A caller that waits for its own request gives the work to the worker when nothing has moved for
+// so long: it should notice Ctrl-C.
+constexpr Seconds kLongestDrive{2e-3};
 constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
 // What a call that cannot be finished tells its caller.
@@ -31,7 +37,8 @@ std::exception_ptr failure_of(const Request& request, const std::string& text) {
 }  // namespace
 
 ProcessSet::ProcessSet(std::string name, std::vector<Rank> ranks, TransportPair transports,
-                       const KernelTable& kernels, const Settings& settings, EventLog& log)
+                       const KernelTable& kernels, const Settings& settings, EventLog& log,
+                       std::unique_ptr<SharedNode> shared)
     : name_(std::move(name)),
       ranks_(std::move(ranks)),
       transports_(std::move(transports)),
@@ -39,7 +46,8 @@ ProcessSet::ProcessSet(std::string name, std::vector<Rank> ranks, TransportPair 
       settings_(settings),
       log_(log),
       plans_(transports_.data->rank(), transports_.data->size()),
-      presence_(*transports_.control, kPresenceTag, ranks_) {
+      presence_(*transports_.control, kPresenceTag, ranks_),
+      shared_(std::move(shared)) {
   for (int index = 0; index < kNumChannels; ++index) {
     channels_[static_cast<std::size_t>(index)].header_tag = tag_of(index, 0);
     channels_[static_cast<std::size_t>(index)].record_tag = tag_of(index, 1);
@@ -130,7 +138,34 @@ bool ProcessSet::is_busy() {
   });
 }
 
-// ---- the worker ---------------------------------------------------------------------------------
+void ProcessSet::drive(const Handle& handle) {
+  const std::unique_lock driver(driving_, std::try_to_lock);
+  if (!driver) return;
+  set_longest_sleep(std::chrono::duration_cast<std::chrono::microseconds>(settings_.longest_sleep));
+  Clock::time_point last_move = Clock::now();
+  while (!handle.is_finished()) {
+    const Clock::time_point now = Clock::now();
+    try {
+      if (progress(now)) {
+        last_move = now;
+        continue;
+      }
+    } catch (const std::exception& error) {
+      break_down(concat(name_, ": ", error.what()));
+      return;
+    }
+    if (now - last_move > kLongestDrive) return;
+    if (!has_slept()) sched_yield();
+  }
+}
+
+// ---- the driver ---------------------------------------------------------------------------------
+
+void ProcessSet::set_longest_sleep(std::chrono::microseconds longest) {
+  if (shared_ != nullptr) shared_->memory().set_longest_sleep(longest);
+}
+
+bool ProcessSet::has_slept() { return shared_ != nullptr && shared_->memory().has_slept(); }
 
 bool ProcessSet::is_moving_bytes() const {
   return std::any_of(channels_.begin(), channels_.end(),
@@ -212,13 +247,22 @@ void ProcessSet::end_current(Channel& channel) {
 
 // What can fail on one rank alone happens here, before the others are kept waiting for it.
 void ProcessSet::prepare(Work& work) {
-  if (work.request.flags != kNormal || channel_of(work.request.collective) == kBarriers) return;
-  if (work.request.device.kind != DeviceKind::cpu) return;  // its caller enqueues it
+  const Request& request = work.request;
+  if (request.flags != kNormal || channel_of(request.collective) == kBarriers) return;
+  if (request.device.kind != DeviceKind::cpu) return;  // its caller enqueues it
   try {
     // What an allgather needs depends on the other ranks' rows.
-    work.plan = work.request.collective == Collective::allgather ? std::make_shared<const Plan>()
-                                                                 : plans_.get(work.request);
-    workspace_.reserve(*work.plan);
+    work.plan = request.collective == Collective::allgather ? std::make_shared<const Plan>()
+                                                            : plans_.get(request);
+    work.is_shared = shared_ != nullptr && shared_->takes(request, *work.plan);
+    // Large ones go through slots, and write results before the last inputs have been read.
+    const bool is_large = work.is_shared && !work.plan->is_small;
+    if (!is_large) workspace_.reserve(*work.plan);
+    if (!is_large) return;
+    if (has_overlap(request)) work.header.flags |= kOverlaps;
+    work.header.placement = shared_->placement_of(request);
+    if (rank() == 0)
+      work.header.choice = shared_->tuning().propose(request, work.plan->fused_bytes);
   } catch (const std::bad_alloc&) {
     work.header.flags |= kFailed;
     work.request.flags |= kFailed;
@@ -228,7 +272,12 @@ void ProcessSet::prepare(Work& work) {
 
 Task ProcessSet::run(Channel& channel) {
   Work& work = *channel.current;
-  co_await agree(*transports_.control, channel.header_tag, work.header);
+  if (shared_ == nullptr) {
+    co_await agree(*transports_.control, channel.header_tag, work.header);
+  } else {
+    if (work.is_shared) shared_->post_payload(work.request, *work.plan, work.header.sequence);
+    co_await shared_->agree(static_cast<int>(&channel - channels_.data()), work.header);
+  }
   if (!work.header.is_agreed()) {
     std::vector<Record> records;
     co_await exchange_records(*transports_.control, channel.record_tag, make_record(work.request),
@@ -238,9 +287,21 @@ Task ProcessSet::run(Channel& channel) {
   }
   channel.is_agreed = true;
   Result result;
-  if (work.plan)  // else the agreement was all
-    co_await execute({*transports_.data, kernels_}, work.request, *work.plan, workspace_, result);
+  if (work.plan) co_await execute_agreed(work, result);  // else the agreement was all
   work.handle->finish(std::move(result));
+}
+
+Task ProcessSet::execute_agreed(Work& work, Result& result) {
+  if (!work.is_shared || work.header.flags & kOverlaps) {
+    workspace_.reserve(*work.plan);
+    co_await execute({*transports_.data, kernels_}, work.request, *work.plan, workspace_, result);
+    co_return;
+  }
+  const Clock::time_point begin = Clock::now();
+  co_await execute_shared(*shared_, work.request, *work.plan, workspace_, work.header, result);
+  if (rank() == 0 && !work.plan->is_small && work.header.placement == 0)
+    shared_->tuning().record(work.request, work.plan->fused_bytes, work.header.choice,
+                             Clock::now() - begin);
 }
 
 // The ranks do not all want the same. Throws for a rank whose caller waits for a result.

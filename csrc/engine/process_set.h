@@ -17,6 +17,7 @@
 #include "engine/plan.h"
 #include "engine/presence.h"
 #include "engine/settings.h"
+#include "engine/shared_node.h"
 
 namespace adareduce {
 
@@ -24,13 +25,15 @@ namespace adareduce {
 ///
 /// Requests run one after the other in the order of submission, which is the same on every rank.
 /// Barriers have a channel of their own, so that they overtake requests. Requests on CUDA tensors
-/// are compared in the same order as the others, and not executed: engine/device_calls.h. submit()
-/// and fail() may be called by any thread, everything else by the engine's worker.
+/// are compared in the same order as the others, and not executed: engine/device_calls.h. submit(),
+/// drive() and fail() may be called by any thread; what stands under "the driver" by one thread at
+/// a time, which holds driving(): the engine's worker, or a caller that waits for its own request.
 class ProcessSet {
  public:
   /// `ranks` are global and increasing. `name` is for people.
   ProcessSet(std::string name, std::vector<Rank> ranks, TransportPair transports,
-             const KernelTable& kernels, const Settings& settings, EventLog& log);
+             const KernelTable& kernels, const Settings& settings, EventLog& log,
+             std::unique_ptr<SharedNode> shared = nullptr);
   ~ProcessSet();
   ProcessSet(const ProcessSet&) = delete;
   ProcessSet& operator=(const ProcessSet&) = delete;
@@ -45,17 +48,30 @@ class ProcessSet {
   /// Queues the departure of this rank on every channel that is still open. Throws nothing.
   std::vector<std::shared_ptr<Handle>> submit_departure(const std::string& reason, bool is_orderly);
 
+  /// Does the driver's work on the calling thread until `handle` has ended, unless somebody else
+  /// does it or nothing has moved for a while.
+  void drive(const Handle& handle);
+
   /// As break_down on all ranks, soon: wake the worker. Nothing can be submitted from now on.
   void fail(const std::string& text);
   /// What the callers of CUDA requests share with the worker.
   const std::shared_ptr<CudaGroup>& cuda_group() const { return cuda_group_; }
 
+  // The driver.
+
+  std::mutex& driving() { return driving_; }
   /// Moves everything as far as it goes without waiting. True if anything moved.
   bool progress(Clock::time_point now);
   /// Something is queued or under way.
   bool is_busy();
   /// All ranks of the request under way have begun it, so that what is missing are only bytes.
   bool is_moving_bytes() const;
+  /// How long progress() may sleep while it waits for shared memory; whether it has since the last
+  /// call.
+  void set_longest_sleep(std::chrono::microseconds longest);
+  bool has_slept();
+  /// What the set has of shared memory; null: nothing. Constant.
+  SharedNode* shared() const { return shared_.get(); }
   /// Answers the questions of peers that wait.
   void serve_peers(Clock::time_point now);
   /// Looks for errors of the device and for calls of its libraries that never come back.
@@ -76,6 +92,7 @@ class ProcessSet {
     std::shared_ptr<Handle> handle;
     std::shared_ptr<const Plan> plan;
     Header header;
+    bool is_shared = false;  ///< goes through shared memory
   };
   struct Channel {
     int header_tag = 0;
@@ -83,7 +100,7 @@ class ProcessSet {
     std::uint64_t submitted = 0;  // guarded by mutex_
     std::deque<Work> queue;       // guarded by mutex_
     bool is_closed = false;       // guarded by mutex_
-    std::optional<Work> current;  // worker only, like all below
+    std::optional<Work> current;  // of the driver, like all below
     std::optional<Work> ended;    // the last one
     std::optional<Task> task;
     bool is_agreed = false;
@@ -106,6 +123,7 @@ class ProcessSet {
   bool start_next(Channel& channel, Clock::time_point now);
   void prepare(Work& work);
   Task run(Channel& channel);
+  Task execute_agreed(Work& work, Result& result);
   void settle(Channel& channel, const std::vector<Record>& records);
   void close(Channel& channel, const std::string& why);
   std::string explain(const std::exception& error) const;
@@ -124,10 +142,12 @@ class ProcessSet {
   Presence presence_;
   std::array<Channel, kNumChannels> channels_;
 
+  const std::unique_ptr<SharedNode> shared_;
+  std::mutex driving_;
   Workspace workspace_;
   const std::shared_ptr<CudaGroup> cuda_group_ = std::make_shared<CudaGroup>();
-  Clock::time_point broken_at_{};    // worker only
-  bool has_reported_stuck_ = false;  // worker only
+  Clock::time_point broken_at_{};    // of the driver
+  bool has_reported_stuck_ = false;  // of the driver
 
   std::mutex mutex_;
   std::optional<std::string> problem_;  // guarded by mutex_

@@ -46,6 +46,7 @@ enum RequestFlags : std::uint32_t {
   kFailed = 8,     ///< this rank could not prepare, for want of memory say
   kDiffers = 16,   ///< set by the agreement: not all ranks asked for the same
   kLaunched = 32,  ///< this rank has enqueued it on its GPU already: there is no way back
+  kOverlaps = 64,  ///< an output of this rank is also another tensor's input
 };
 
 /// One call of one rank. A grouped call is one request.

@@ -12,6 +12,8 @@ struct Settings {
   Seconds longest_sleep{200e-6};
   /// Fused buffers above this size are given back to the system after each request.
   std::int64_t keep_buffer_bytes = std::int64_t{256} << 20;
+  /// Ranks of one node meet in shared memory.
+  bool shared_memory = false;
   /// Requests of a process set that may be on the GPU before the other ranks' are known.
   std::size_t max_launched = 1024;
 };

@@ -44,6 +44,8 @@ class Settings:
             for each parameter. ADAREDUCE_FUSION_THRESHOLD, HOROVOD_FUSION_THRESHOLD.
         cuda_path: How CUDA tensors travel: auto, nccl, peer or staged; what was asked for is taken
             or is an error. ADAREDUCE_CUDA_PATH.
+        shared_memory: Whether ranks of one node meet in shared memory, where they can; the others
+            follow a rank that does not. ADAREDUCE_SHARED_MEMORY: on or off.
     """
 
     warn_after: float = 60.0
@@ -51,6 +53,7 @@ class Settings:
     log_level: int = logging.WARNING
     fusion_threshold: int = DEFAULT_FUSION_THRESHOLD
     cuda_path: CudaPath = CudaPath.auto
+    shared_memory: bool = True
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -77,6 +80,7 @@ class Settings:
                 DEFAULT_FUSION_THRESHOLD,
             ),
             cuda_path=_cuda_path(environ),
+            shared_memory=_switch(environ, "ADAREDUCE_SHARED_MEMORY", True),
         )
 
 
@@ -130,3 +134,13 @@ def _cuda_path(environ: Mapping[str, str]) -> CudaPath:
     if text.lower() not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
     return choices[text.lower()]
+
+
+def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    found = _first_set(environ, name)
+    if found is None:
+        return default
+    text = found[1].lower()
+    if text not in ("on", "off"):
+        raise ValueError(f"{name} must be on or off, got {found[1]!r}")
+    return text == "on"

@@ -1,0 +1,119 @@
+#include "collectives/shared_walk.h"
+
+#include <algorithm>
+
+namespace adareduce {
+namespace {
+
+// Below this a copy is over before non-temporal stores pay.
+constexpr std::int64_t kFewestStreamedBytes = 4096;
+
+}  // namespace
+
+SharedWalk::SharedWalk(const SharedContext& context, const SharedSchedule& schedule,
+                       const SharedTensors& tensors)
+    : context_(context),
+      schedule_(schedule),
+      tensors_(tensors),
+      width_(size_of(tensors.dtype)),
+      base_(context.memory.chunks_done),
+      sources_(static_cast<std::size_t>(context.memory.size())) {}
+
+void SharedWalk::finish() {
+  context_.memory.chunks_done = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
+}
+
+char* SharedWalk::slot(const SharedChunk& chunk, const SharedPiece& piece, Rank rank) const {
+  return at(context_.memory.ring(rank) + chunk.slot_begin, piece.place, width_);
+}
+
+const char* SharedWalk::input(const SharedPiece& piece) const {
+  return at(tensors_.inputs[piece.segment], piece.begin, width_);
+}
+
+char* SharedWalk::output(const SharedPiece& piece) const {
+  void* const base = tensors_.outputs[piece.segment];
+  return base == nullptr ? nullptr : at(base, piece.begin, width_);
+}
+
+char* SharedWalk::resident(const SharedPiece& piece, Rank rank) const {
+  return at(tensors_.resident[piece.segment * size() + rank], piece.begin, width_);
+}
+
+const std::vector<const void*>& SharedWalk::sources(const SharedChunk& chunk,
+                                                    const SharedPiece& piece) {
+  for (Rank r = 0; r < size(); ++r) {
+    const void*& source = sources_[static_cast<std::size_t>(r)];
+    if (is_resident())
+      source = resident(piece, r);
+    else if (r == rank() && tensors_.prescale == 1.0)
+      source = input(piece);
+    else
+      source = slot(chunk, piece, r);
+  }
+  return sources_;
+}
+
+void SharedWalk::pack(const SharedPiece& piece, void* to) const {
+  const std::int64_t bytes = piece.numel * width_;
+  if (tensors_.prescale == 1.0) {
+    context_.peer_kernels.copy(input(piece), bytes, to,
+                               context_.streams && bytes >= kFewestStreamedBytes);
+    return;
+  }
+  const TensorSegment segment{0, piece.numel};
+  const SegmentTable table{&segment, nullptr, 1, nullptr};
+  const void* const from = input(piece);
+  context_.kernels.pack({.tensors = &from,
+                         .fused = to,
+                         .numel = piece.numel,
+                         .dtype = tensors_.dtype,
+                         .segments = &table,
+                         .scale = tensors_.prescale},
+                        {});
+}
+
+void SharedWalk::unpack(const SharedPiece& piece, std::int64_t begin, std::int64_t numel,
+                        const void* from) const {
+  void* const to = at(output(piece), begin, width_);
+  if (tensors_.postscale == 1.0 && tensors_.nonfinite == nullptr) {
+    if (to != from) context_.peer_kernels.copy(from, numel * width_, to, false);
+    return;
+  }
+  const TensorSegment segment{0, numel};
+  const SegmentTable table{&segment, nullptr, 1, nullptr};
+  std::int64_t count = 0;
+  context_.kernels.unpack({.fused = from,
+                           .tensors = &to,
+                           .dtype = tensors_.dtype,
+                           .segments = &table,
+                           .scale = tensors_.postscale,
+                           .nonfinite = tensors_.nonfinite == nullptr ? nullptr : &count},
+                          {});
+  if (tensors_.nonfinite != nullptr) tensors_.nonfinite[piece.segment] += count;
+}
+
+void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece, std::int64_t begin,
+                         std::int64_t numel) const {
+  const char* const result = at(result_of(chunk, piece), begin, width_);
+  if (output(piece) != nullptr) unpack(piece, begin, numel, result);
+  if (!is_resident()) return;
+  for (int step = 1; step < size(); ++step) {
+    const Rank peer = (rank() + step) % size();
+    context_.peer_kernels.copy(result, numel * width_, at(resident(piece, peer), begin, width_),
+                               context_.streams);
+  }
+}
+
+Task add_totals(SharedMemory& memory, std::vector<double>& mine) {
+  if (mine.empty() || memory.size() == 1) co_return;
+  std::copy(mine.begin(), mine.end(), memory.totals(memory.rank()));
+  memory.signal(SharedMemory::kTotals, ++memory.totals_rounds);
+  co_await memory.wait(SharedMemory::kTotals, memory.totals_rounds);
+  for (std::size_t i = 0; i < mine.size(); ++i) {
+    mine[i] = 0;
+    for (Rank rank = 0; rank < memory.size(); ++rank) mine[i] += memory.totals(rank)[i];
+  }
+}
+
+}  // namespace adareduce

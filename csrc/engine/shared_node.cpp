@@ -1,0 +1,251 @@
+#include "engine/shared_node.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/errors.h"
+#include "bootstrap/backoff.h"
+#include "collectives/allgather.h"
+#include "engine/packing.h"
+
+namespace adareduce {
+namespace {
+
+// The CPUs that this process may use, a character each.
+std::string allowed_cpus() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  std::string cpus(CPU_SETSIZE, '0');
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return cpus;
+  for (std::size_t cpu = 0; cpu < cpus.size(); ++cpu)
+    if (CPU_ISSET(cpu, &set)) cpus[cpu] = '1';
+  return cpus;
+}
+
+bool is_one_node(std::span<const Rank> ranks, const Layout& layout) {
+  const auto host = [&](Rank rank) -> const std::string& {
+    return layout.processes[static_cast<std::size_t>(rank)].host;
+  };
+  return std::all_of(ranks.begin(), ranks.end(),
+                     [&](Rank rank) { return host(rank) == host(ranks.front()); });
+}
+
+int ranks_of_this_node(const Layout& layout) {
+  const auto& here = layout.processes[static_cast<std::size_t>(layout.rank)];
+  return static_cast<int>(
+      std::count_if(layout.processes.begin(), layout.processes.end(),
+                    [&](const ProcessInfo& process) { return process.host == here.host; }));
+}
+
+// Which of the two channels a board belongs to.
+constexpr SharedMemory::Signal signal_of(int board) {
+  return board == 0 ? SharedMemory::kRequestBoard : SharedMemory::kBarrierBoard;
+}
+
+}  // namespace
+
+std::vector<std::string> gather_strings(Transport& transport, int tag, const std::string& mine,
+                                        Seconds timeout) {
+  const Context context{transport, cpu_kernels()};
+  const auto size = static_cast<std::size_t>(transport.size());
+  const auto self = static_cast<std::size_t>(transport.rank());
+  const auto run = [&](Task task) {
+    const auto deadline = std::chrono::steady_clock::now() +
+                          std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);
+    Backoff backoff;
+    while (!task.progress()) {
+      if (std::chrono::steady_clock::now() > deadline) {
+        task.leak();  // messages may still arrive
+        throw TransportError(concat("shared memory: not all ranks of the node have come within ",
+                                    timeout.count(), " s"));
+      }
+      backoff.pause();
+    }
+  };
+  // Leaked with the task where that is: what it writes to must stay.
+  auto* const bytes_of = new std::vector<std::int64_t>(size, 0);
+  (*bytes_of)[self] = static_cast<std::int64_t>(mine.size());
+  run(allgather_numbers(context, tag, *bytes_of, 1));
+  std::int64_t begin = 0, total = 0;
+  for (std::size_t rank = 0; rank < size; ++rank) {
+    if (rank == self) begin = total;
+    total += (*bytes_of)[rank];
+  }
+  auto* const all = new std::string(static_cast<std::size_t>(total), '\0');
+  std::copy(mine.begin(), mine.end(), all->begin() + begin);
+  run(allgather(context, tag, all->data(), *bytes_of));
+  std::vector<std::string> texts;
+  std::size_t at = 0;
+  for (const std::int64_t bytes : *bytes_of) {
+    texts.push_back(all->substr(at, static_cast<std::size_t>(bytes)));
+    at += static_cast<std::size_t>(bytes);
+  }
+  delete all;
+  delete bytes_of;
+  return texts;
+}
+
+std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const Rank> ranks,
+                                             const Layout& layout, const Settings& settings,
+                                             const KernelTable& kernels, std::string& why_not) {
+  constexpr int kTag = 9;
+  why_not.clear();
+  if (ranks.size() < 2) why_not = "there is one rank";
+  if (ranks.size() > kMaxSharedRanks)
+    why_not = concat("there are more than ", kMaxSharedRanks, " ranks");
+  if (!is_one_node(ranks, layout)) why_not = "the ranks are on several nodes";
+  if (!why_not.empty()) return nullptr;
+
+  const GatherStrings gather = [&](const std::string& mine) {
+    return gather_strings(control, kTag, mine, settings.fail_after);
+  };
+  // Ranks may have been given different settings.
+  const std::vector<std::string> words =
+      gather((settings.shared_memory ? "1" : "0") + allowed_cpus());
+  std::string cpus(CPU_SETSIZE, '0');
+  for (std::size_t place = 0; place < words.size(); ++place) {
+    if (words[place].front() == '0' && why_not.empty())
+      why_not = concat("it is turned off on rank ", ranks[place]);
+    for (std::size_t cpu = 0; cpu < cpus.size(); ++cpu)
+      if (words[place][1 + cpu] == '1') cpus[cpu] = '1';
+  }
+  if (!why_not.empty()) return nullptr;
+  try {
+    auto windows =
+        SharedWindows::make(control.rank(), control.size(), SharedMemory::segment_bytes(), gather);
+    const bool may_spin = std::count(cpus.begin(), cpus.end(), '1') >= ranks_of_this_node(layout);
+    return std::unique_ptr<SharedNode>(new SharedNode(std::move(windows), may_spin, kernels));
+  } catch (const SharedMemoryError& error) {
+    why_not = error.what();
+    return nullptr;
+  }
+}
+
+bool SharedNode::takes(const Request& request, const Plan& plan) const {
+  const int size = memory_.size();
+  const auto num_tensors = static_cast<std::int64_t>(request.tensors.size());
+  switch (request.collective) {
+    case Collective::allreduce:
+      if (request.op == ReduceOp::adasum) return size <= GramTree::kMaxLeaves;
+      return plan.is_small ||
+             request.num_groups() * kSquaresPerGroup + (request.has_statistics ? num_tensors : 0) <=
+                 SharedMemory::kTotalsNumel;
+    case Collective::reducescatter:
+    case Collective::broadcast:
+      return true;
+    case Collective::allgather:
+      return num_tensors * static_cast<std::int64_t>(sizeof(std::int64_t)) <=
+             SharedMemory::kPayloadBytes;
+    default:
+      return false;
+  }
+}
+
+void SharedNode::post_payload(const Request& request, const Plan& plan, std::uint64_t sequence) {
+  char* const payload = memory_.payload(sequence, memory_.rank());
+  if (request.collective == Collective::allgather) {
+    for (std::size_t t = 0; t < request.tensors.size(); ++t)
+      std::memcpy(payload + t * sizeof(std::int64_t), &request.tensors[t].shape.front(),
+                  sizeof(std::int64_t));
+  } else if (plan.is_small) {
+    if (request.collective == Collective::broadcast && memory_.rank() != request.root) return;
+    pack(kernels_, request, plan, payload);
+    const std::vector<double>& squares = request.local_squares;
+    if (!squares.empty())
+      std::memcpy(payload + plan.fused_bytes, squares.data(), squares.size() * sizeof(double));
+  }
+}
+
+Task SharedNode::agree(int board, Header& header) {
+  static_assert(sizeof(Header) <= SharedMemory::kHeaderBytes);
+  const std::uint64_t sequence = header.sequence;
+  std::memcpy(memory_.header(board, sequence, memory_.rank()), &header, sizeof header);
+  const auto epoch = static_cast<std::uint32_t>(sequence + 1);
+  memory_.signal(signal_of(board), epoch);
+  co_await memory_.wait(signal_of(board), epoch);
+  for (Rank rank = 0; rank < memory_.size(); ++rank) {
+    Header theirs;
+    std::memcpy(&theirs, memory_.header(board, sequence, rank), sizeof theirs);
+    if (rank == 0) header.choice = theirs.choice;
+    if (rank != memory_.rank()) merge(header, theirs);
+  }
+}
+
+std::uint64_t SharedNode::placement_of(const Request& request) const {
+  if (request.collective != Collective::allreduce || request.prescale != 1.0 ||
+      request.tensors.empty() || !regions_->has_any())
+    return 0;
+  Hasher hasher;
+  for (const TensorArg& tensor : request.tensors) {
+    if (tensor.input != tensor.output) return 0;
+    const std::int64_t bytes = tensor.numel() * size_of(tensor.dtype);
+    if (bytes == 0) continue;
+    const auto place = regions_->find(tensor.input, bytes);
+    if (!place) return 0;
+    hasher.add(place->id).add(static_cast<std::uint64_t>(place->offset));
+  }
+  const Signature signature = hasher.finish();
+  return signature.low | 1;  // never 0
+}
+
+std::vector<void*> SharedNode::addresses_of(const Request& request) const {
+  const auto size = static_cast<std::size_t>(memory_.size());
+  std::vector<void*> addresses(request.tensors.size() * size, nullptr);
+  for (std::size_t t = 0; t < request.tensors.size(); ++t) {
+    const TensorArg& tensor = request.tensors[t];
+    const std::int64_t bytes = tensor.numel() * size_of(tensor.dtype);
+    if (bytes == 0) continue;
+    const auto place = regions_->find(tensor.input, bytes);
+    for (std::size_t rank = 0; rank < size; ++rank)
+      addresses[t * size + rank] = place->windows->of(static_cast<Rank>(rank)) + place->offset;
+  }
+  return addresses;
+}
+
+bool has_overlap(const Request& request) {
+  struct Use {
+    const char* begin;
+    const char* end;
+    std::size_t tensor;
+    bool is_output;
+  };
+  // Most callers' tensors lie apart and in some order: look first, sort then.
+  const auto bytes_of = [](const TensorArg& tensor) {
+    return tensor.numel() * size_of(tensor.dtype);
+  };
+  bool is_sorted = true, is_in_place = true;
+  const char* end = nullptr;
+  for (const TensorArg& tensor : request.tensors) {
+    const char* const begin = static_cast<const char*>(tensor.input);
+    is_in_place = is_in_place && (tensor.output == tensor.input || tensor.output == nullptr);
+    is_sorted = is_sorted && begin >= end;
+    end = begin + bytes_of(tensor);
+  }
+  if (is_sorted && is_in_place) return false;
+  std::vector<Use> uses;
+  for (std::size_t t = 0; t < request.tensors.size(); ++t) {
+    const TensorArg& tensor = request.tensors[t];
+    const std::int64_t bytes = bytes_of(tensor);
+    const auto add = [&](const void* memory, bool is_output) {
+      const char* const begin = static_cast<const char*>(memory);
+      if (memory != nullptr && bytes > 0) uses.push_back({begin, begin + bytes, t, is_output});
+    };
+    add(tensor.input, tensor.output == tensor.input);
+    if (tensor.output != tensor.input) add(tensor.output, true);
+  }
+  std::sort(uses.begin(), uses.end(),
+            [](const Use& a, const Use& b) { return std::less<const char*>()(a.begin, b.begin); });
+  // Two inputs may share memory. What ends last among those before, and what of them is written.
+  const char* last = nullptr;
+  const char* last_written = nullptr;
+  for (const Use& use : uses) {
+    if (use.begin < last_written || (use.is_output && use.begin < last)) return true;
+    last = std::max(last, use.end);
+    if (use.is_output) last_written = std::max(last_written, use.end);
+  }
+  return false;
+}
+
+}  // namespace adareduce

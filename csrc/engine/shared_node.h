@@ -1,0 +1,69 @@
+#pragma once
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+
+#include "bootstrap/bootstrap.h"
+#include "collectives/adasum_tree.h"
+#include "collectives/shared_walk.h"
+#include "engine/agreement.h"
+#include "engine/plan.h"
+#include "engine/settings.h"
+#include "engine/shared_tuning.h"
+#include "transports/shared_memory/shared_regions.h"
+
+namespace adareduce {
+
+/// The shared memory of a process set whose ranks sit on one node: agreement, and what data need.
+/// Used by whoever drives the process set, but for regions().
+class SharedNode {
+ public:
+  /// Collective over the ranks of `control`; blocks. Null, with the reason in `why_not`, the same
+  /// on all ranks, where they cannot share memory or one of them does not want to.
+  static std::unique_ptr<SharedNode> make(Transport& control, std::span<const Rank> ranks,
+                                          const Layout& layout, const Settings& settings,
+                                          const KernelTable& kernels, std::string& why_not);
+
+  SharedMemory& memory() { return memory_; }
+  const std::shared_ptr<SharedRegions>& regions() const { return regions_; }
+  SharedTuning& tuning() { return tuning_; }
+  const GramTree& tree() const { return tree_; }  ///< of at most GramTree::kMaxLeaves ranks
+  SharedContext context(const SharedChoice& choice) {
+    return {memory_, kernels_, cpu_peer_kernels(), choice.streams};
+  }
+
+  /// Whether a request goes this way: the same on all ranks that agree on it.
+  bool takes(const Request& request, const Plan& plan) const;
+  /// The part of a request's data that goes with the header; before agree().
+  void post_payload(const Request& request, const Plan& plan, std::uint64_t sequence);
+  /// As adareduce::agree, over a board.
+  Task agree(int board, Header& header);
+
+  /// A hash of where a request's tensors lie in shared memory; 0 where not all do, or where results
+  /// would not go to the same places.
+  std::uint64_t placement_of(const Request& request) const;
+  /// Where every rank's tensors lie, [tensor * ranks + rank], of a request with a placement.
+  std::vector<void*> addresses_of(const Request& request) const;
+
+ private:
+  SharedNode(std::shared_ptr<SharedWindows> windows, bool may_spin, const KernelTable& kernels)
+      : memory_(std::move(windows), may_spin), kernels_(kernels) {
+    if (memory_.size() <= GramTree::kMaxLeaves) tree_ = gram_tree(make_adasum_tree(memory_.size()));
+  }
+
+  SharedMemory memory_;
+  const KernelTable& kernels_;
+  const std::shared_ptr<SharedRegions> regions_ = std::make_shared<SharedRegions>();
+  SharedTuning tuning_;
+  GramTree tree_;
+};
+
+/// Whether a tensor of the request would be read after another one's result was written there.
+bool has_overlap(const Request& request);
+
+/// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`.
+std::vector<std::string> gather_strings(Transport& transport, int tag, const std::string& mine,
+                                        Seconds timeout);
+
+}  // namespace adareduce

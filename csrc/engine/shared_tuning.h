@@ -1,0 +1,61 @@
+#pragma once
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bootstrap/bootstrap.h"
+#include "engine/request.h"
+
+namespace adareduce {
+
+/// How data go through shared memory: what is quicker depends on where cores lie, which changes
+/// while a program runs, and changes no bit of a result.
+struct SharedChoice {
+  std::int64_t chunk_bytes = 0;
+  bool streams = false;  ///< copies into slots by stores that leave nothing in a cache
+
+  /// "chunks of 512 KiB, streaming stores"
+  std::string text() const;
+};
+
+/// Learns on one rank, by the time that its requests take, which choice is best for which size; the
+/// choice travels with the rank's headers, so that all make the same.
+class SharedTuning {
+ public:
+  static const std::vector<SharedChoice>& choices();
+
+  /// Which of choices() this rank proposes for a request that moves `bytes`: mostly the best one,
+  /// now and then another, so that it notices when that has become better.
+  std::uint32_t propose(const Request& request, std::int64_t bytes);
+  /// What the request with this proposal took, from the agreement to the end.
+  void record(const Request& request, std::int64_t bytes, std::uint32_t choice, Seconds took);
+
+  /// What is proposed at present.
+  struct Row {
+    std::string what;  ///< "sum of 16 to 32 MiB"
+    std::string choice;
+    std::int64_t requests = 0;
+  };
+  std::vector<Row> rows() const;
+
+ private:
+  struct Candidate {
+    double seconds_per_byte = 0;  ///< a running mean
+    int samples = 0;
+  };
+  struct Class {
+    std::vector<Candidate> candidates;
+    std::int64_t requests = 0;
+  };
+  static constexpr int kKinds = 2;  ///< element by element, Adasum
+  static constexpr int kSizes = 5;  ///< below 2, 8, 32, 128 MiB, above
+
+  static int size_class(std::int64_t bytes);
+  Class& class_of(const Request& request, std::int64_t bytes);
+  static std::uint32_t best(const Class& of);
+
+  std::array<std::array<Class, kSizes>, kKinds> classes_;
+};
+
+}  // namespace adareduce

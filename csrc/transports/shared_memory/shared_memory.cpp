@@ -1,0 +1,76 @@
+#include "transports/shared_memory/shared_memory.h"
+
+namespace adareduce {
+namespace {
+
+// Busy looks at a counter before anything else: some 20 us where every rank has its core. Ranks
+// that share one give it away at once.
+constexpr int kSpins = 1000;
+constexpr int kYieldsAlone = 20;
+constexpr int kYieldsShared = 200;
+
+}  // namespace
+
+// Blocks begin on lines of their own, and what one rank writes while another reads is apart.
+struct SharedMemory::Segment {
+  Epoch epochs[kNumSignals];
+  alignas(128) char headers[kNumBoards][2][kHeaderBytes];
+  alignas(128) double grams[kGramPlaces][kGramNumel];
+  double levels[2][kLevelNumel];
+  char level_data[2][kLevelDataBytes];
+  double totals[kTotalsNumel];
+  alignas(4096) char payloads[2][kPayloadBytes];
+  alignas(4096) char ring[kRingBytes];
+};
+
+std::int64_t SharedMemory::segment_bytes() { return static_cast<std::int64_t>(sizeof(Segment)); }
+
+SharedMemory::SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin)
+    : windows_(std::move(windows)),
+      patience_{.spins = may_spin ? kSpins : 0,
+                .yields = may_spin ? kYieldsAlone : kYieldsShared,
+                .longest_sleep = {}},
+      peers_(kNumSignals) {
+  for (int s = 0; s < kNumSignals; ++s)
+    for (Rank rank = 0; rank < size(); ++rank)
+      if (rank != windows_->rank())
+        peers_[static_cast<std::size_t>(s)].push_back(&of(rank).epochs[s]);
+}
+
+SharedMemory::Segment& SharedMemory::of(Rank rank) const {
+  return *reinterpret_cast<Segment*>(windows_->of(rank));
+}
+
+void SharedMemory::signal(Signal signal, std::uint32_t epoch) {
+  advance(of(rank()).epochs[signal], epoch);
+}
+
+bool SharedMemory::Wait::is_soon() {
+  return wait_for_epochs(memory_.peers_[static_cast<std::size_t>(signal_)], epoch_,
+                         {.spins = memory_.patience_.spins, .yields = 0, .longest_sleep = {}});
+}
+
+bool SharedMemory::Wait::test() {
+  const bool is_reached =
+      wait_for_epochs(memory_.peers_[static_cast<std::size_t>(signal_)], epoch_, memory_.patience_);
+  memory_.has_slept_ |= !is_reached && memory_.patience_.longest_sleep.count() > 0;
+  return is_reached;
+}
+
+char* SharedMemory::header(int board, std::uint64_t sequence, Rank rank) const {
+  return of(rank).headers[board][sequence % 2];
+}
+char* SharedMemory::payload(std::uint64_t sequence, Rank rank) const {
+  return of(rank).payloads[sequence % 2];
+}
+double* SharedMemory::gram(int place, Rank rank) const { return of(rank).grams[place]; }
+double* SharedMemory::level(std::uint32_t round, Rank rank) const {
+  return of(rank).levels[round % 2];
+}
+char* SharedMemory::level_data(std::uint32_t round, Rank rank) const {
+  return of(rank).level_data[round % 2];
+}
+double* SharedMemory::totals(Rank rank) const { return of(rank).totals; }
+char* SharedMemory::ring(Rank rank) const { return of(rank).ring; }
+
+}  // namespace adareduce
