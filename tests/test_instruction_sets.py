@@ -68,6 +68,34 @@ def test_pair_kernels(isa: str, dtype: str, rng: np.random.Generator) -> None:
         assert reference.same_bits(out, rounded(shares[0] * a + shares[1] * b, dtype)), numel
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 13, 16])
+def test_peer_kernels(isa: str, dtype: str, count: int, rng: np.random.Generator) -> None:
+    code, c = DTYPES[dtype], [float(weight) for weight in rng.standard_normal(count)]
+    lower, upper = 0b0101010101010101 & (1 << count) - 1, 1 << count - 1
+    for numel in [0, 1, 15, 17, 255, 257, 1000]:
+        vectors = [values(rng, numel, dtype) for _ in range(count)]
+        wide = [doubles_of(vector, dtype) for vector in vectors]
+        gram = [
+            reference.add_in_lanes(wide[i] * wide[j]) for i in range(count) for j in range(i, count)
+        ]
+        found = testing.gram(code, vectors, numel, isa=isa)
+        assert reference.same_bits(np.array(found), np.array(gram)), numel
+        out, combined = np.empty_like(vectors[0]), c[0] * wide[0]
+        for weight, vector in zip(c[1:], wide[1:], strict=True):
+            combined = combined + weight * vector
+        testing.weighted_sum(code, vectors, numel, c, out, isa=isa)
+        assert reference.same_bits(out, rounded(combined, dtype)), numel
+        nodes = [np.zeros(numel), np.zeros(numel)]
+        for k in range(count):
+            for node, leaves in enumerate((lower, upper)):
+                if leaves >> k & 1:
+                    nodes[node] = nodes[node] + c[k] * wide[k]
+        stats = testing.node_stats(code, vectors, numel, c, lower, upper, isa=isa)
+        assert reference.same_bits(np.array(stats), np.array(reference.pair_stats(*nodes))), numel
+
+
 def summed(inputs: list[NDArray], dtype: str, divisor: float) -> NDArray:
     if dtype in INTEGERS:
         total = sum(array.astype(object) for array in inputs)

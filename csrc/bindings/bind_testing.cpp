@@ -138,14 +138,20 @@ void bind_kernels(py::module_& module) {
   module.def(
       "pack",
       [](int dtype, const std::vector<py::buffer>& tensors, const Segments& segments, double scale,
-         const py::buffer& fused, std::int64_t numel, const std::string& isa) {
+         const py::buffer& fused, std::int64_t numel, bool streams, const std::string& isa) {
         const Table table(segments);
         const std::vector<const void*> inputs = inputs_of(tensors);
-        kernels_for(isa).pack({inputs.data(), fused.request(true).ptr, numel,
-                               static_cast<DType>(dtype), &table.table, scale},
+        kernels_for(isa).pack({.tensors = inputs.data(),
+                               .fused = fused.request(true).ptr,
+                               .numel = numel,
+                               .dtype = static_cast<DType>(dtype),
+                               .segments = &table.table,
+                               .scale = scale,
+                               .streams = streams},
                               {});
       },
-      "dtype"_a, "tensors"_a, "segments"_a, "scale"_a, "fused"_a, "numel"_a, "isa"_a = "");
+      "dtype"_a, "tensors"_a, "segments"_a, "scale"_a, "fused"_a, "numel"_a, "streams"_a = false,
+      "isa"_a = "");
   module.def(
       "unpack",
       [](int dtype, const py::buffer& fused, const Segments& segments, double scale,

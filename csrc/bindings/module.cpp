@@ -10,5 +10,6 @@ PYBIND11_MODULE(_core, module) {
   adareduce::bind_testing(testing);
   adareduce::bind_device_paths(testing);
   adareduce::bind_gain_testing(testing);
+  adareduce::bind_peer_testing(testing);
   adareduce::bind_timing(testing);
 }

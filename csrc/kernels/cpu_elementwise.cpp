@@ -4,9 +4,15 @@
 #include <cstring>
 
 #include "kernels/cpu_kernels.h"
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 namespace adareduce::cpu {
 namespace {
+
+// Shorter copies are not worth a trip to memory.
+constexpr std::int64_t kLeastStreamed = 4096;
 
 // Where results are counted while they are in the first-level cache.
 constexpr std::int64_t kCountBlock = 4096;
@@ -27,6 +33,12 @@ void copy(const void* from, std::int64_t bytes, void* to, Stream) {
   if (bytes > 0) std::memcpy(to, from, static_cast<std::size_t>(bytes));
 }
 
+void finish_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 template <const Runs& runs>
 void pack(const PackArgs& args, Stream) {
   const std::int64_t width = size_of(args.dtype);
@@ -39,11 +51,16 @@ void pack(const PackArgs& args, Stream) {
   for (std::int64_t s = 0; s < args.segments->count; ++s) {
     const TensorSegment& segment = args.segments->on_host[s];
     zero_until(segment.offset);
-    copy_or_scale<runs>(args.tensors[s], segment.numel, args.dtype, args.scale,
-                        fused + segment.offset * width, "pack");
+    const std::int64_t bytes = segment.numel * width;
+    char* out = fused + segment.offset * width;
+    if (args.streams && args.scale == 1.0 && bytes >= kLeastStreamed)
+      runs.stream(args.tensors[s], bytes, out);
+    else
+      copy_or_scale<runs>(args.tensors[s], segment.numel, args.dtype, args.scale, out, "pack");
     filled = segment.range().end;
   }
   zero_until(args.numel);
+  if (args.streams) finish_streams();
 }
 
 template <const Runs& runs>

@@ -24,6 +24,9 @@ void contribute_leaf_squares(const LeafSquaresArgs& args, Stream);
 void collect_leaf_squares(const LeafSquaresArgs& args, Stream);
 void copy(const void* from, std::int64_t bytes, void* to, Stream);
 
+/// Orders what Runs::stream wrote before all that this thread writes from here on.
+void finish_streams();
+
 /// The table for "baseline", "avx2" or "avx512"; null where this build or this CPU lacks it.
 const Runs* runs_for(std::string_view isa);
 

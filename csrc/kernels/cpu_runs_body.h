@@ -10,99 +10,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels/cpu_runs_vectors.h"
+#include "kernels/cpu_runs_adasum.h"
 
 namespace adareduce::cpu {
 namespace {
-
-// ---- sums in 16 lanes
-// ------------------------------------------------------------------------------------------------
-
-struct Lanes {
-  F64 of[kRegisters] = {};
-
-  double total() const {
-    double lanes[kLanes];
-    __builtin_memcpy(lanes, of, sizeof lanes);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    return lanes[0];
-  }
-};
-
-// Up to kLanes elements, filled up with zeros: adding their squares to a lane changes no bit.
-template <typename T>
-struct Tail {
-  T elements[kLanes] = {};
-  Tail(const T* in, std::int64_t numel) {
-    if (numel > 0) __builtin_memcpy(elements, in, static_cast<std::size_t>(numel) * sizeof(T));
-  }
-};
-
-template <typename T>
-void pair_stats(const void* lower_memory, const void* upper_memory, std::int64_t numel,
-                double* stats) {
-  const T* lower = static_cast<const T*>(lower_memory);
-  const T* upper = static_cast<const T*>(upper_memory);
-  Lanes dot, lower_sq, upper_sq;
-  const auto add = [&](const T* l, const T* u) __attribute__((always_inline)) {
-    for (int r = 0; r < kRegisters; ++r) {
-      const F64 a = doubles(l + r * kWidth), b = doubles(u + r * kWidth);
-      dot.of[r] = add_product<T>(dot.of[r], a, b);
-      lower_sq.of[r] = add_product<T>(lower_sq.of[r], a, a);
-      upper_sq.of[r] = add_product<T>(upper_sq.of[r], b, b);
-    }
-  };
-  std::int64_t i = 0;
-  for (; i + kLanes <= numel; i += kLanes) {
-    prefetch(lower + i);
-    prefetch(upper + i);
-    add(lower + i, upper + i);
-  }
-  if (i < numel) {
-    const Tail<T> l(lower + i, numel - i), u(upper + i, numel - i);
-    add(l.elements, u.elements);
-  }
-  stats[0] = dot.total();
-  stats[1] = lower_sq.total();
-  stats[2] = upper_sq.total();
-}
-
-constexpr int kPair = 2 * kWidth;
-
-// out[i ...] = value_of(i, kWidth) for every register of elements; for the last one, of `count`
-// elements, value_of(i, count), which must not read beyond them.
-template <typename T, typename Body>
-void write_pairs(std::int64_t numel, T* out, Body&& value_of) {
-  std::int64_t i = 0;
-  for (; i + kPair <= numel; i += kPair)
-    put_both(value_of(i, kWidth), value_of(i + kWidth, kWidth), out + i);
-  for (; i < numel; i += kWidth) {
-    const std::int64_t count = numel - i < kWidth ? numel - i : kWidth;
-    T last[kWidth];
-    put(value_of(i, count), last);
-    __builtin_memcpy(out + i, last, static_cast<std::size_t>(count) * sizeof(T));
-  }
-}
-
-template <typename T>
-F64 doubles_of_some(const T* in, std::int64_t count) {
-  return count == kWidth ? doubles(in) : doubles(Tail<T>(in, count).elements);
-}
-
-template <typename T>
-void pair_combine(const void* lower_memory, const void* upper_memory, std::int64_t numel,
-                  double lower_share, double upper_share, void* out) {
-  const T* lower = static_cast<const T*>(lower_memory);
-  const T* upper = static_cast<const T*>(upper_memory);
-  write_pairs(numel, static_cast<T*>(out),
-              [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
-                prefetch(lower + i);
-                prefetch(upper + i);
-                return lower_share * doubles_of_some(lower + i, count) +
-                       upper_share * doubles_of_some(upper + i, count);
-              });
-}
 
 // ---- scaling
 // --------------------------------------------------------------------------------------------------
@@ -358,6 +269,28 @@ std::int64_t count_nonfinite(const void* in_memory, std::int64_t numel) {
   return count;
 }
 
+// A line that is written as a whole goes to memory without being read before.
+void stream(const void* from_memory, std::int64_t bytes, void* to_memory) {
+  const char* from = static_cast<const char*>(from_memory);
+  char* to = static_cast<char*>(to_memory);
+  const auto move = [&](std::int64_t some) {
+    if (some > 0) __builtin_memcpy(to, from, static_cast<std::size_t>(some));
+    from += some;
+    to += some;
+    bytes -= some;
+  };
+#if defined(__SSE2__)
+  constexpr std::int64_t kLine = 64;
+  const auto before_line = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(to) % kLine);
+  move(bytes < before_line ? bytes : before_line);
+  for (; bytes >= kLine; bytes -= kLine, from += kLine, to += kLine) {
+    prefetch(from);
+    stream_line(from, to);
+  }
+#endif
+  move(bytes);
+}
+
 double read(const float* in, std::int64_t numel) {
   typedef std::uint64_t Word __attribute__((vector_size(kWidth * 8)));
   constexpr int kFloats = 2 * kWidth, kChains = 4;
@@ -401,6 +334,9 @@ const Runs ADAREDUCE_RUNS{
     ADAREDUCE_RUNS_ISA,
     ADAREDUCE_FLOATS(pair_stats),
     ADAREDUCE_FLOATS(pair_combine),
+    ADAREDUCE_FLOATS(gram),
+    ADAREDUCE_FLOATS(weighted_sum),
+    ADAREDUCE_FLOATS(node_stats),
     {scale<std::uint8_t>, scale<std::int8_t>, scale<std::int16_t>, scale<std::int32_t>,
      scale<std::int64_t>, scale<Half>, scale<BFloat16>, scale<float>, scale<double>, nullptr},
     {ADAREDUCE_NUMBERS(SumOf, nullptr), ADAREDUCE_NUMBERS(MinOf, (reduce<Bool, MinOf>)),
@@ -409,6 +345,7 @@ const Runs ADAREDUCE_RUNS{
     {nullptr, nullptr, nullptr, nullptr, nullptr, count_nonfinite<std::uint16_t, 0x7c00>,
      count_nonfinite<std::uint16_t, 0x7f80>, count_nonfinite<std::uint32_t, 0x7f800000u>,
      count_nonfinite<std::uint64_t, 0x7ff0000000000000u>, nullptr},
+    stream,
     read,
     axpby,
 };

@@ -37,6 +37,7 @@ struct PackArgs {
   double scale = 1.0;  ///< every element is multiplied; other than 1 only where can_scale()
   /// GPU only. Per segment: receives the sum of squares of what was written. May be null.
   double* squares = nullptr;
+  bool streams = false;  ///< CPU only: by stores that leave no copy in the cache, as far as it pays
 };
 struct UnpackArgs {
   const void* fused = nullptr;

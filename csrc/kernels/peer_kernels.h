@@ -29,13 +29,13 @@ struct WeightedSumArgs {
 struct NodeStatsArgs {
   VectorsArgs vectors;
   const double* coefficients = nullptr;  ///< [num_inputs]
-  unsigned lower = 0;
+  unsigned lower = 0;                    ///< bit i for input i
   unsigned upper = 0;
   double* stats = nullptr;  ///< [3]
 };
 
 /// Arithmetic on memory of several ranks that this rank can address, on the CPU. Float types only,
-/// but for copy. At most GramTree::kMaxLeaves inputs. Empty vectors are legal.
+/// but for copy; 1 to GramTree::kMaxLeaves inputs; else UsageError. Empty vectors are legal.
 struct PeerKernelTable {
   void (*gram)(const GramArgs&);
   void (*weighted_sum)(const WeightedSumArgs&);

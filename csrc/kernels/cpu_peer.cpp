@@ -1,0 +1,79 @@
+// Arguments of the peer kernels; arithmetic and numerics stand in cpu_runs_adasum.h.
+#include <cstring>
+
+#include "kernels/cpu_kernels.h"
+#include "kernels/gram.h"
+#include "kernels/peer_kernels.h"
+
+namespace adareduce {
+namespace {
+
+static_assert(cpu::kMostInputs == GramTree::kMaxLeaves);
+
+template <typename Entry>
+Entry entry_for(Entry const (&entries)[kNumDTypes], const VectorsArgs& vectors,
+                const char* kernel) {
+  if (vectors.num_inputs < 1 || vectors.num_inputs > cpu::kMostInputs)
+    throw UsageError(concat(kernel, ": num_inputs must be 1 ... ", cpu::kMostInputs, ", got ",
+                            vectors.num_inputs));
+  return cpu::entry_of(entries, vectors.dtype, kernel);
+}
+
+template <const cpu::Runs& runs>
+void gram(const GramArgs& args) {
+  const VectorsArgs& vectors = args.vectors;
+  entry_for(runs.gram, vectors, "gram")(vectors.inputs, vectors.num_inputs, vectors.numel,
+                                        args.gram);
+}
+
+template <const cpu::Runs& runs>
+void weighted_sum(const WeightedSumArgs& args) {
+  const VectorsArgs& vectors = args.vectors;
+  entry_for(runs.weighted_sum, vectors, "weighted_sum")(vectors.inputs, vectors.num_inputs,
+                                                        vectors.numel, args.coefficients, args.out);
+}
+
+template <const cpu::Runs& runs>
+void node_stats(const NodeStatsArgs& args) {
+  const VectorsArgs& vectors = args.vectors;
+  const auto stats_of_run = entry_for(runs.node_stats, vectors, "node_stats");
+  if ((args.lower | args.upper) >> vectors.num_inputs != 0)
+    throw UsageError(concat("node_stats: lower and upper must be sets of ", vectors.num_inputs,
+                            " inputs, got ", args.lower, " and ", args.upper));
+  stats_of_run(vectors.inputs, vectors.numel, args.coefficients, args.lower, args.upper,
+               args.stats);
+}
+
+template <const cpu::Runs& runs>
+void copy(const void* from, std::int64_t bytes, void* to, bool streams) {
+  if (!streams) return cpu::copy(from, bytes, to, {});
+  runs.stream(from, bytes, to);
+  cpu::finish_streams();
+}
+
+template <const cpu::Runs& runs>
+constexpr PeerKernelTable kTable{gram<runs>, weighted_sum<runs>, node_stats<runs>, copy<runs>};
+
+const PeerKernelTable& best_table() {
+  for (const std::string_view isa : {"avx512", "avx2"})
+    if (const PeerKernelTable* table = cpu_peer_kernels_for(isa)) return *table;
+  return kTable<cpu::kBaselineRuns>;
+}
+
+}  // namespace
+
+const PeerKernelTable& cpu_peer_kernels() {
+  static const PeerKernelTable& best = best_table();
+  return best;
+}
+
+const PeerKernelTable* cpu_peer_kernels_for(std::string_view isa) {
+  const cpu::Runs* runs = cpu::runs_for(isa);
+#ifdef __x86_64__
+  if (runs == &cpu::kAvx512Runs) return &kTable<cpu::kAvx512Runs>;
+  if (runs == &cpu::kAvx2Runs) return &kTable<cpu::kAvx2Runs>;
+#endif
+  return runs == nullptr ? nullptr : &kTable<cpu::kBaselineRuns>;
+}
+
+}  // namespace adareduce
