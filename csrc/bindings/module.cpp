@@ -11,4 +11,5 @@ PYBIND11_MODULE(_core, module) {
   adareduce::bind_device_paths(testing);
   adareduce::bind_gain_testing(testing);
   adareduce::bind_timing(testing);
+  adareduce::bind_shared_memory(testing);
 }
