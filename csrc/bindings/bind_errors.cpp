@@ -1,5 +1,6 @@
 #include "base/errors.h"
 #include "bindings/bindings.h"
+#include "transports/shared_memory/shared_segment.h"
 
 namespace py = pybind11;
 
@@ -12,6 +13,7 @@ void bind_errors(py::module_& module) {
   py::register_exception<DisagreementError>(module, "DisagreementError", internal);
   py::register_exception<TransportError>(module, "TransportError", internal);
   py::register_exception<DeviceError>(module, "DeviceError", internal);
+  py::register_exception<SharedMemoryError>(module, "SharedMemoryError", internal);
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);

@@ -11,6 +11,7 @@ void bind_local(pybind11::module_& module);
 void bind_gain(pybind11::module_& module);
 void bind_gain_testing(pybind11::module_& module);
 void bind_cuda_gain(pybind11::module_& module);  ///< of `_cuda`
+void bind_shared_memory(pybind11::module_& module);
 void bind_testing(pybind11::module_& module);
 void bind_peer_testing(pybind11::module_& module);
 void bind_timing(pybind11::module_& module);

@@ -12,4 +12,5 @@ PYBIND11_MODULE(_core, module) {
   adareduce::bind_gain_testing(testing);
   adareduce::bind_peer_testing(testing);
   adareduce::bind_timing(testing);
+  adareduce::bind_shared_memory(testing);
 }

@@ -234,8 +234,6 @@ void Engine::run() {
   Clock::time_point last_service = last_move;
   Seconds nap = kFirstSleep;
   std::ptrdiff_t num_busy = 0;
-  const auto longest_sleep =
-      std::chrono::duration_cast<std::chrono::microseconds>(settings_.longest_sleep);
   while (!must_stop_.load(std::memory_order_acquire)) {
     const Sets sets = snapshot();
     const Clock::time_point now = Clock::now();
@@ -243,8 +241,8 @@ void Engine::run() {
     for (const auto& set : sets)
       has_moved |= guarded(*set, [&] {
         // Whoever sleeps in one set must have nothing to do in another.
-        set->set_longest_sleep(num_busy == 1 && set->is_busy() ? longest_sleep
-                                                               : std::chrono::microseconds{0});
+        set->set_longest_sleep(num_busy == 1 && set->is_busy() ? settings_.longest_sleep
+                                                               : Seconds{0});
         const bool moves = set->progress(now);
         has_slept |= set->has_slept();
         is_moving_bytes |= set->is_moving_bytes();

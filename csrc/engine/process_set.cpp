@@ -141,7 +141,7 @@ bool ProcessSet::is_busy() {
 void ProcessSet::drive(const Handle& handle) {
   const std::unique_lock driver(driving_, std::try_to_lock);
   if (!driver) return;
-  set_longest_sleep(std::chrono::duration_cast<std::chrono::microseconds>(settings_.longest_sleep));
+  set_longest_sleep(settings_.longest_sleep);
   Clock::time_point last_move = Clock::now();
   while (!handle.is_finished()) {
     const Clock::time_point now = Clock::now();
@@ -161,7 +161,7 @@ void ProcessSet::drive(const Handle& handle) {
 
 // ---- the driver ---------------------------------------------------------------------------------
 
-void ProcessSet::set_longest_sleep(std::chrono::microseconds longest) {
+void ProcessSet::set_longest_sleep(Seconds longest) {
   if (shared_ != nullptr) shared_->memory().set_longest_sleep(longest);
 }
 

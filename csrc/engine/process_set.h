@@ -68,7 +68,7 @@ class ProcessSet {
   bool is_moving_bytes() const;
   /// How long progress() may sleep while it waits for shared memory; whether it has since the last
   /// call.
-  void set_longest_sleep(std::chrono::microseconds longest);
+  void set_longest_sleep(Seconds longest);
   bool has_slept();
   /// What the set has of shared memory; null: nothing. Constant.
   SharedNode* shared() const { return shared_.get(); }

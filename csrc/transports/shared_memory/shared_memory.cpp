@@ -5,7 +5,7 @@ namespace {
 
 // Busy looks at a counter before anything else: some 20 us where every rank has its core. Ranks
 // that share one give it away at once.
-constexpr int kSpins = 1000;
+constexpr int kPauses = 500;
 constexpr int kYieldsAlone = 20;
 constexpr int kYieldsShared = 200;
 
@@ -27,9 +27,9 @@ std::int64_t SharedMemory::segment_bytes() { return static_cast<std::int64_t>(si
 
 SharedMemory::SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin)
     : windows_(std::move(windows)),
-      patience_{.spins = may_spin ? kSpins : 0,
+      patience_{.pauses = may_spin ? kPauses : 0,
                 .yields = may_spin ? kYieldsAlone : kYieldsShared,
-                .longest_sleep = {}},
+                .longest_sleep = Seconds{0}},
       peers_(kNumSignals) {
   for (int s = 0; s < kNumSignals; ++s)
     for (Rank rank = 0; rank < size(); ++rank)
@@ -46,14 +46,13 @@ void SharedMemory::signal(Signal signal, std::uint32_t epoch) {
 }
 
 bool SharedMemory::Wait::is_soon() {
-  return wait_for_epochs(memory_.peers_[static_cast<std::size_t>(signal_)], epoch_,
-                         {.spins = memory_.patience_.spins, .yields = 0, .longest_sleep = {}});
+  return wait_.poll() ||
+         wait_.wait({.pauses = memory_.patience_.pauses, .yields = 0, .longest_sleep = Seconds{0}});
 }
 
 bool SharedMemory::Wait::test() {
-  const bool is_reached =
-      wait_for_epochs(memory_.peers_[static_cast<std::size_t>(signal_)], epoch_, memory_.patience_);
-  memory_.has_slept_ |= !is_reached && memory_.patience_.longest_sleep.count() > 0;
+  const bool is_reached = wait_.wait(memory_.patience_);
+  memory_.has_slept_ |= !is_reached && memory_.patience_.longest_sleep > Seconds{0};
   return is_reached;
 }
 

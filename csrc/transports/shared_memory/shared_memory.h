@@ -58,7 +58,7 @@ class SharedMemory {
   class Wait final : public Exchange {
    public:
     Wait(SharedMemory& memory, Signal signal, std::uint32_t epoch)
-        : memory_(memory), signal_(signal), epoch_(epoch) {}
+        : memory_(memory), wait_(memory.peers_[static_cast<std::size_t>(signal)], epoch) {}
     /// As test(), but only busily and for a short time.
     bool is_soon();
     /// Sleeps for a moment where that is allowed and nothing else helps.
@@ -66,8 +66,7 @@ class SharedMemory {
 
    private:
     SharedMemory& memory_;
-    const Signal signal_;
-    const std::uint32_t epoch_;
+    EpochWait wait_;
   };
   Wait wait(Signal signal, std::uint32_t epoch) { return {*this, signal, epoch}; }
 
@@ -87,7 +86,7 @@ class SharedMemory {
   std::uint32_t totals_rounds = 0;
 
   /// How long test() may sleep: not at all where the thread has other things to do as well.
-  void set_longest_sleep(std::chrono::microseconds longest) { patience_.longest_sleep = longest; }
+  void set_longest_sleep(Seconds longest) { patience_.longest_sleep = longest; }
   /// Whether test() has slept since the last call.
   bool has_slept() { return std::exchange(has_slept_, false); }
 
@@ -98,7 +97,7 @@ class SharedMemory {
   std::shared_ptr<SharedWindows> windows_;
   Patience patience_;
   bool has_slept_ = false;
-  std::vector<std::vector<const Epoch*>> peers_;  // by signal
+  std::vector<std::vector<Epoch*>> peers_;  // by signal
 };
 
 }  // namespace adareduce

@@ -1,9 +1,9 @@
 #pragma once
 #include <cstdint>
 #include <memory>
-#include <string>
 
 #include "base/errors.h"
+#include "transports/shared_memory/descriptor.h"
 
 namespace adareduce {
 
@@ -13,38 +13,51 @@ class SharedMemoryError : public Error {
   using Error::Error;
 };
 
+/// Which segment a descriptor must lead to. Bytes that travel between processes of one build.
+struct SegmentIdentity {
+  std::uint64_t random[2] = {};  ///< no two segments are ever alike
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+  std::int64_t bytes = 0;  ///< as asked for; the memory ends with its page
+};
+
 /// Memory that processes of one machine share: a memfd, mapped here. It has no name in any file
-/// system, and goes when the last process that maps it has unmapped it or died.
+/// system and knows no limit of /dev/shm, and goes when the last process that maps it has unmapped
+/// it or died. Nobody can change its size.
 class SharedSegment {
  public:
-  /// Zeroed memory of at least one byte, allocated now and not at the first touch: where /dev/shm,
-  /// the cgroup or the machine has no room, it throws SharedMemoryError instead of SIGBUS later.
+  /// Zeroed memory of at least one byte, allocated now and not at the first touch: where machine,
+  /// cgroup or limits have no room, it throws SharedMemoryError instead of SIGBUS or a kill later.
   static std::shared_ptr<SharedSegment> create(std::int64_t bytes);
-  /// What create() has made in this process or another one, by its address().
-  /// Throws SharedMemoryError where this process may not open it or it has another size.
-  static std::shared_ptr<SharedSegment> open(const std::string& address, std::int64_t bytes);
+  /// What create() has made in another process, by a descriptor from there; in this process the
+  /// same object, so that one memory has one address (race detectors go by addresses).
+  /// Throws SharedMemoryError where the descriptor leads elsewhere or cannot be mapped.
+  static std::shared_ptr<SharedSegment> open(Descriptor descriptor,
+                                             const SegmentIdentity& identity);
   ~SharedSegment();
   SharedSegment(const SharedSegment&) = delete;
   SharedSegment& operator=(const SharedSegment&) = delete;
 
   char* data() const { return data_; }
-  std::int64_t bytes() const { return bytes_; }
-  /// How another process of this machine finds it, while this process lives and has not closed it.
-  std::string address() const;
-  /// Nobody can open it any more; those who have keep it.
-  void close_descriptor();
+  std::int64_t bytes() const { return identity_.bytes; }
+  const SegmentIdentity& identity() const { return identity_; }
+  /// For sending it to a peer; -1 after close_descriptor(), and where open() has made it.
+  int descriptor() const { return descriptor_.number(); }
+  /// Nobody can open it any more; those who have keep it. By one thread, the one that created it.
+  void close_descriptor() { descriptor_.close(); }
 
  private:
-  SharedSegment(int descriptor, char* data, std::int64_t bytes)
-      : descriptor_(descriptor), data_(data), bytes_(bytes) {}
+  SharedSegment(Descriptor descriptor, const SegmentIdentity& identity);
 
-  int descriptor_;
-  char* data_;
-  std::int64_t bytes_;
+  Descriptor descriptor_;
+  SegmentIdentity identity_;
+  char* data_ = nullptr;
 };
 
-/// Bytes that could be allocated now: free memory of the machine, and what is left of this
-/// process's cgroup. Never more than there is; an estimate, since others allocate, too.
-std::int64_t room_for_shared_memory();
+/// 128 bits that nobody can guess.
+void fill_with_random(std::uint64_t (&words)[2]);
+
+/// "adareduce: ...: No space left on device", of errno.
+[[noreturn]] void throw_shared_memory_error(const std::string& what, int error);
 
 }  // namespace adareduce

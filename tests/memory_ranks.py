@@ -1,0 +1,133 @@
+"""Ranks that share memory: processes, or threads of one process, without MPI and without torch.
+
+`run_ranks(body, processes, *args)` calls `body(member, *args)` on every rank; `processes` says
+which ranks are threads of one process. It serves the ranks' all-gathers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+HANG_LIMIT = 60.0  # seconds
+
+# Which ranks are threads of one process.
+LAYOUTS = [[0], [0, 0], [0, 1], [0, 1, 2], [0, 1, 0], [0, 1, 2, 3], [0, 1, 1, 2, 0]]
+
+
+@dataclass
+class End:
+    """How a rank has ended: "result", "error" (a text) or "death" (nothing)."""
+
+    kind: str
+    value: Any = None
+
+
+class Member:
+    """One rank, and what it does together with the others."""
+
+    def __init__(self, rank: int, size: int, pipe: Connection) -> None:
+        self.rank, self.size, self._pipe = rank, size, pipe
+
+    def allgather(self, mine: bytes) -> list[bytes]:
+        """Everybody's bytes in rank order; ConnectionError where a rank has ended."""
+        self._pipe.send(("bytes", mine))
+        if not self._pipe.poll(HANG_LIMIT):
+            raise TimeoutError("an allgather hangs")
+        parts: list[bytes] | None = self._pipe.recv()
+        if parts is None:
+            raise ConnectionError("a rank has ended")
+        return parts
+
+    def barrier(self) -> None:
+        self.allgather(b"")
+
+
+Body = Callable[..., Any]
+
+
+def _run_rank(body: Body, args: Sequence[Any], rank: int, size: int, pipe: Connection) -> None:
+    try:
+        pipe.send(("result", body(Member(rank, size, pipe), *args)))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, AssertionError):
+            text = traceback.format_exc()
+        pipe.send(("error", text))
+    finally:
+        pipe.close()
+
+
+def _run_process(
+    body: Body, args: Sequence[Any], size: int, ranks: list[int], pipes: list[Connection]
+) -> None:
+    threads = [
+        threading.Thread(target=_run_rank, args=(body, args, rank, size, pipe))
+        for rank, pipe in zip(ranks, pipes, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def run_ranks(body: Body, processes: Sequence[int], *args: Any) -> list[End]:
+    """How every rank has ended. Whoever hangs is killed, and the test fails."""
+    context = multiprocessing.get_context("spawn")
+    size = len(processes)
+    here, there = zip(*[context.Pipe() for _ in processes], strict=True)
+    started = []
+    for process in sorted(set(processes)):
+        ranks = [rank for rank, its in enumerate(processes) if its == process]
+        pipes = [there[rank] for rank in ranks]
+        started.append(
+            context.Process(target=_run_process, args=(body, args, size, ranks, pipes), daemon=True)
+        )
+        started[-1].start()
+    for pipe in there:
+        pipe.close()
+    try:
+        return _serve(list(here))
+    finally:
+        for running in started:
+            running.join(5.0)
+            running.kill()
+            running.join()
+
+
+def _serve(pipes: list[Connection]) -> list[End]:
+    """Answers all-gathers until every rank has ended; one that misses a rank fails on the rest."""
+    ends: dict[int, End] = {}
+    waiting: dict[int, bytes] = {}
+    while len(ends) < len(pipes):
+        asked = [p for r, p in enumerate(pipes) if r not in ends and r not in waiting]
+        ready = wait(asked, HANG_LIMIT)
+        assert ready, f"ranks {[pipes.index(p) for p in asked]} hang, {waiting.keys()} wait"
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                kind, value = pipe.recv()  # type: ignore[union-attr]
+            except (EOFError, ConnectionResetError):
+                ends[rank] = End("death")
+                continue
+            if kind == "bytes":
+                waiting[rank] = value
+            else:
+                ends[rank] = End(kind, value)
+        if ends or len(waiting) == len(pipes):
+            parts = None if ends else [waiting[rank] for rank in range(len(pipes))]
+            for rank in waiting:
+                pipes[rank].send(parts)
+            waiting.clear()
+    return [ends[rank] for rank in range(len(pipes))]
+
+
+def results(ends: Sequence[End]) -> list[Any]:
+    """What the bodies have returned; fails where one has not."""
+    assert [end.kind for end in ends] == ["result"] * len(ends), ends
+    return [end.value for end in ends]
