@@ -528,14 +528,6 @@ def test_the_path_is_a_setting():
             Settings.from_environment({"ADAREDUCE_CUDA_PATH": wrong})
 
 
-def test_nccl_is_looked_for_where_pip_puts_it(tmp_path, monkeypatch):
-    folder = tmp_path / "nvidia" / "nccl" / "lib"
-    folder.mkdir(parents=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
-    assert folder in cuda_library.nccl_folders()
-
-
 def described(**changes: Any) -> dict[str, Any]:
     gpu = {"name": "A GPU", "uuid": "GPU-1", "capability": 90, "multiprocessors": 132,
            "memory_bytes": 141 * 2**30}  # fmt: skip

@@ -9,6 +9,7 @@ what every thread was doing.
 from __future__ import annotations
 
 import faulthandler
+import os
 import tempfile
 import threading
 import time
@@ -48,8 +49,14 @@ DTYPES = {
 STORAGE = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in DTYPES}
 
 
-def settings(warn_after: float = 10.0, fail_after: float = 20.0) -> _core.Settings:
-    return _core.Settings(warn_after=warn_after, fail_after=fail_after)
+# The ranks meet in shared memory instead of exchanging messages.
+USES_SHARED_MEMORY = os.environ.get("ADAREDUCE_TEST_SHARED_MEMORY") == "1"
+
+
+def settings(
+    warn_after: float = 10.0, fail_after: float = 20.0, shared_memory: bool = USES_SHARED_MEMORY
+) -> _core.Settings:
+    return _core.Settings(warn_after=warn_after, fail_after=fail_after, shared_memory=shared_memory)
 
 
 class Pending:

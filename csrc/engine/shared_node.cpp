@@ -103,7 +103,7 @@ std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const
   };
   // Ranks may have been given different settings.
   const std::vector<std::string> words =
-      gather((settings.shared_memory ? "1" : "0") + allowed_cpus());
+      gather(concat(settings.shared_memory ? "1" : "0", allowed_cpus()));
   std::string cpus(CPU_SETSIZE, '0');
   for (std::size_t place = 0; place < words.size(); ++place) {
     if (words[place].front() == '0' && why_not.empty())

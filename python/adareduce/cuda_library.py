@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from pathlib import Path
 from types import ModuleType
+
+from adareduce import nccl_library
 
 _HOW_TO_GET_IT = (
     "install adareduce where nvcc is, with ADAREDUCE_CUDA=ON, or set ADAREDUCE_CUDA_PATH=staged to"
@@ -48,7 +49,7 @@ def load() -> ModuleType:
         module = importlib.import_module("adareduce._cuda")
     except ImportError as error:
         raise ImportError(f"adareduce._cuda does not load: {error}") from error
-    module.set_nccl_search_path([str(folder) for folder in nccl_folders()])
+    module.set_nccl_search_path(nccl_library.folders())
     return module
 
 
@@ -60,14 +61,3 @@ def cuda_version(code: int) -> str:
 def nccl_version(code: int) -> str:
     """22809 is "2.28.9"."""
     return f"{code // 10_000}.{code // 100 % 100}.{code % 100}"
-
-
-def nccl_folders() -> list[Path]:
-    """Folders of NCCL wheels (nvidia-nccl-cu12 and the like) in this environment."""
-    try:
-        found = importlib.util.find_spec("nvidia")
-    except (ImportError, ValueError):
-        return []
-    places = (found.submodule_search_locations or []) if found is not None else []
-    folders = [Path(place) / "nccl" / "lib" for place in places]
-    return [folder for folder in folders if folder.is_dir()]
