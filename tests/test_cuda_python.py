@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import sys
 import types
 import weakref
 from collections.abc import Iterator
