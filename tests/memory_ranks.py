@@ -66,6 +66,8 @@ def _run_rank(body: Body, args: Sequence[Any], rank: int, size: int, pipe: Conne
 def _run_process(
     body: Body, args: Sequence[Any], size: int, ranks: list[int], pipes: list[Connection]
 ) -> None:
+    if len(ranks) == 1:  # in the main thread, where signals arrive
+        return _run_rank(body, args, ranks[0], size, pipes[0])
     threads = [
         threading.Thread(target=_run_rank, args=(body, args, rank, size, pipe))
         for rank, pipe in zip(ranks, pipes, strict=True)
@@ -78,7 +80,9 @@ def _run_process(
 
 def run_ranks(body: Body, processes: Sequence[int], *args: Any) -> list[End]:
     """How every rank has ended. Whoever hangs is killed, and the test fails."""
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process without threads that has imported what takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adareduce._core", "pytest"])
     size = len(processes)
     here, there = zip(*[context.Pipe() for _ in processes], strict=True)
     started = []

@@ -1,8 +1,12 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
+
 #include "bindings/bindings.h"
+#include "transports/shared_memory/epochs.h"
 #include "transports/shared_memory/memory_room.h"
+#include "transports/shared_memory/shared_regions.h"
 #include "transports/shared_memory/shared_windows.h"
 
 namespace py = pybind11;
@@ -55,11 +59,113 @@ void bind_windows(py::module_& module) {
            });
 }
 
+// An Epoch at this offset of every rank's window, or of some ranks'.
+std::vector<Epoch*> epochs_of(const Windows& windows, std::int64_t offset,
+                              std::vector<Rank> ranks = {}) {
+  if (ranks.empty()) {
+    ranks.resize(static_cast<std::size_t>(windows.size()));
+    std::iota(ranks.begin(), ranks.end(), 0);
+  }
+  std::vector<Epoch*> epochs;
+  for (const Rank rank : ranks)
+    epochs.push_back(reinterpret_cast<Epoch*>(place_of(windows, rank, offset, sizeof(Epoch))));
+  return epochs;
+}
+
+// Keeps what an EpochWait only refers to.
+struct Waiter {
+  std::shared_ptr<Windows> windows;
+  std::vector<Epoch*> epochs;
+  EpochWait wait;
+
+  Waiter(std::shared_ptr<Windows> of, std::int64_t offset, std::uint32_t target,
+         const std::vector<Rank>& ranks)
+      : windows(std::move(of)), epochs(epochs_of(*windows, offset, ranks)), wait(epochs, target) {}
+};
+
+// A barrier of epochs, `rounds` times. Before each a rank writes a number that tells rank and
+// round, and afterwards reads everybody's. Returns how many of them were wrong.
+std::int64_t walk_epochs(const Windows& windows, std::uint32_t first, std::uint32_t rounds,
+                         const Patience& patience) {
+  const std::vector<Epoch*> epochs = epochs_of(windows, 0);
+  const auto words = [&](Rank rank, std::uint32_t round) {  // nobody is ahead by two rounds
+    char* const place = place_of(windows, rank, sizeof(Epoch) * (1 + round % 2), sizeof(Epoch));
+    return reinterpret_cast<std::uint64_t*>(place);
+  };
+  const auto number = [](Rank rank, std::uint32_t round) {
+    return (std::uint64_t{round} << 32) + static_cast<std::uint64_t>(rank) + 1;
+  };
+  std::int64_t wrong = 0;
+  for (std::uint32_t i = 1; i <= rounds; ++i) {
+    const std::uint32_t round = first + i;
+    *words(windows.rank(), round) = number(windows.rank(), round);
+    advance(*epochs[static_cast<std::size_t>(windows.rank())], round);
+    EpochWait wait(epochs, round);
+    while (!wait.wait(patience)) {
+    }
+    for (Rank rank = 0; rank < windows.size(); ++rank)
+      wrong += *words(rank, round) != number(rank, round);
+  }
+  return wrong;
+}
+
+void bind_epochs(py::module_& module) {
+  module.attr("EPOCH_BYTES") = sizeof(Epoch);
+  py::class_<Patience>(module, "Patience")
+      .def(py::init([](int pauses, int yields, double longest_sleep) {
+             return Patience{pauses, yields, Seconds{longest_sleep}};
+           }),
+           "pauses"_a, "yields"_a, "longest_sleep"_a);
+  module.def("has_reached", &has_reached);
+  module.def("advance_epoch", [](const Windows& windows, std::int64_t offset, std::uint32_t to) {
+    advance(*epochs_of(windows, offset)[static_cast<std::size_t>(windows.rank())], to);
+  });
+  module.def("epoch_of", [](const Windows& windows, Rank rank, std::int64_t offset) {
+    const Epoch& epoch = *epochs_of(windows, offset)[static_cast<std::size_t>(rank)];
+    return std::pair(epoch.value.load(), epoch.sleepers.load());
+  });
+  py::class_<Waiter>(module, "EpochWait")
+      .def(py::init<std::shared_ptr<Windows>, std::int64_t, std::uint32_t,
+                    const std::vector<Rank>&>(),
+           "windows"_a, "offset"_a, "target"_a, "ranks"_a = std::vector<Rank>())
+      .def("poll", [](Waiter& waiter) { return waiter.wait.poll(); })
+      .def("wait",
+           [](Waiter& waiter, const Patience& patience) {
+             const py::gil_scoped_release release;
+             return waiter.wait.wait(patience);
+           })
+      .def_property_readonly("first_lagging",
+                             [](const Waiter& waiter) { return waiter.wait.first_lagging(); });
+  module.def("walk_epochs", &walk_epochs, "windows"_a, "first"_a, "rounds"_a, "patience"_a,
+             py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_regions(py::module_& module) {
+  py::class_<SharedRegion, std::shared_ptr<SharedRegion>>(module, "SharedRegion")
+      .def_property_readonly("id", &SharedRegion::id)
+      .def_property_readonly("bytes", &SharedRegion::bytes)
+      .def_property_readonly("address", [](const SharedRegion& region) {
+        return reinterpret_cast<std::uintptr_t>(region.data());
+      });
+  py::class_<SharedRegions>(module, "SharedRegions")
+      .def(py::init<>())
+      .def("add", &SharedRegions::add)
+      .def("find",
+           [](const SharedRegions& regions, std::uintptr_t address,
+              std::int64_t bytes) -> std::optional<std::pair<std::uint64_t, std::int64_t>> {
+             const auto place = regions.find(reinterpret_cast<const void*>(address), bytes);
+             if (!place) return std::nullopt;
+             return std::pair(place->region->id(), place->offset);
+           });
+}
+
 }  // namespace
 
 void bind_shared_memory(py::module_& module) {
   module.def("room_for_shared_memory", &room_for_shared_memory, "root"_a = "");
   bind_windows(module);
+  bind_epochs(module);
+  bind_regions(module);
 }
 
 }  // namespace adareduce

@@ -175,7 +175,7 @@ Task SharedNode::agree(int board, Header& header) {
 
 std::uint64_t SharedNode::placement_of(const Request& request) const {
   if (request.collective != Collective::allreduce || request.prescale != 1.0 ||
-      request.tensors.empty() || !regions_->has_any())
+      request.tensors.empty())
     return 0;
   Hasher hasher;
   for (const TensorArg& tensor : request.tensors) {
@@ -184,7 +184,7 @@ std::uint64_t SharedNode::placement_of(const Request& request) const {
     if (bytes == 0) continue;
     const auto place = regions_->find(tensor.input, bytes);
     if (!place) return 0;
-    hasher.add(place->id).add(static_cast<std::uint64_t>(place->offset));
+    hasher.add(place->region->id()).add(static_cast<std::uint64_t>(place->offset));
   }
   const Signature signature = hasher.finish();
   return signature.low | 1;  // never 0
@@ -199,7 +199,7 @@ std::vector<void*> SharedNode::addresses_of(const Request& request) const {
     if (bytes == 0) continue;
     const auto place = regions_->find(tensor.input, bytes);
     for (std::size_t rank = 0; rank < size; ++rank)
-      addresses[t * size + rank] = place->windows->of(static_cast<Rank>(rank)) + place->offset;
+      addresses[t * size + rank] = place->region->windows().of(static_cast<Rank>(rank)) + place->offset;
   }
   return addresses;
 }

@@ -62,11 +62,16 @@ void set_size(int descriptor, std::int64_t bytes) {
 
 void allocate(int descriptor, std::int64_t bytes) {
   std::int64_t step = kStepBytes;
+  std::int64_t checked = 0;  // room, up to here
   for (std::int64_t done = 0; done < bytes;) {
-    check_room(bytes - done);
-    const std::int64_t now = std::min(step, bytes - done);
+    if (done == checked) {
+      check_room(bytes - done);
+      checked = std::min(done + kStepBytes, bytes);
+    }
+    const std::int64_t now = std::min(step, checked - done);
     if (fallocate(descriptor, 0, done, now) == 0) {
       done += now;
+      step = std::min(step * 2, kStepBytes);
     } else if (errno == EINTR) {
       // The kernel has given back what it had of this step: where signals come in close order,
       // only shorter ones get through.
