@@ -1,4 +1,5 @@
-// Arguments of the peer kernels; arithmetic and numerics stand in cpu_runs_adasum.h.
+// Arguments of the peer kernels; arithmetic and numerics stand in cpu_runs_adasum.h and
+// cpu_runs_gram.h.
 #include <cstring>
 
 #include "kernels/cpu_kernels.h"

@@ -10,7 +10,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "kernels/cpu_runs_adasum.h"
+#include "kernels/cpu_runs_gram.h"
 
 namespace adareduce::cpu {
 namespace {
@@ -167,15 +167,6 @@ void reduce_run(const ReduceRun& run) {
     divide_and_store(block, numel, run.divisor, static_cast<T*>(run.out) + begin);
   }
 }
-
-// Accumulators of a sum: what reduce_run adds in.
-template <typename T>
-using Accumulators = std::conditional_t<std::is_same_v<T, double>, F64, F32>;
-F32 accumulators(const float* in) { return singles(in); }
-F32 accumulators(const Half* in) { return singles(in); }
-F32 accumulators(const BFloat16* in) { return singles(in); }
-F64 accumulators(const double* in) { return doubles(in); }
-F64 doubles_of(F64 value) { return value; }
 
 // A sum of floats, 16 lanes at a time. On the way it may add up squares: those of all inputs, and
 // of the result before it is divided and rounded.

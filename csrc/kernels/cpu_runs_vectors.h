@@ -151,6 +151,18 @@ F64 doubles(const T* in) {
 }
 F64 doubles(const double* in) { return load_bits<F64>(in); }
 
+// As wide as sums of T are added in: doubles, or floats.
+template <typename T>
+using Accumulators = std::conditional_t<std::is_same_v<T, double>, F64, F32>;
+template <typename T>
+Accumulators<T> accumulators(const T* in) {
+  if constexpr (std::is_same_v<T, double>)
+    return doubles(in);
+  else
+    return singles(in);
+}
+F64 doubles_of(F64 value) { return value; }
+
 template <typename T>
 void put(F64 value, T* out) {
   put(singles_of(value), out);

@@ -11,7 +11,9 @@
 #include "collectives/shards.h"
 #include "engine/plan.h"
 #include "kernels/coefficients.h"
+#include "kernels/gram.h"
 #include "kernels/kernels.h"
+#include "kernels/peer_kernels.h"
 
 using namespace adareduce;
 
@@ -168,8 +170,56 @@ void check_sum() {
         }
 }
 
+// Gram matrices, weighted sums over each of the inputs, and nodes.
+template <typename T>
+void check_vectors(const PeerKernelTable& peer) {
+  for (const std::int64_t numel : {0, 1, 15, 16, 17, 63, 1025})
+    for (const int count : {1, 2, 3, 4, 5, 8, 16}) {
+      std::vector<Array<T>> arrays;
+      std::vector<const void*> inputs;
+      std::vector<double> c;
+      for (int k = 0; k < count; ++k) {
+        inputs.push_back(arrays.emplace_back(numel, k).data());
+        c.push_back(k - 2.5);
+      }
+      const VectorsArgs vectors{inputs.data(), count, numel, kDTypeOf<T>};
+      const Array<double> gram(gram_numel(count), 1);
+      peer.gram({vectors, gram.data()});
+      double stats[kStatsPerSegment] = {1, 2, 3};
+      peer.node_stats({vectors, c.data(), 0x5555u & ((1u << count) - 1), 1u, stats});
+      double node_sq = 0;
+      for (int i = 0; i < count; ++i)
+        for (int j = i; j < count; ++j) {
+          double product = 0;
+          for (std::int64_t e = 0; e < numel; ++e)
+            product += static_cast<double>(arrays[static_cast<std::size_t>(i)][e]) *
+                       static_cast<double>(arrays[static_cast<std::size_t>(j)][e]);
+          const int index = gram_index(i, j, count);
+          CHECK(gram[index] == product + Array<double>::value(index, 1));
+          if (i % 2 == 0 && j % 2 == 0)
+            node_sq += (i == j ? 1 : 2) * product * c[static_cast<std::size_t>(i)] *
+                       c[static_cast<std::size_t>(j)];
+        }
+      CHECK(stats[1] == 2 + node_sq);
+      for (int target = 0; target < count; ++target) {
+        const Array<T>& out = arrays[static_cast<std::size_t>(target)];
+        peer.weighted_sum({vectors, c.data(), out.data()});
+        for (std::int64_t e = 0; e < numel; ++e) {
+          double total = 0;
+          for (int k = 0; k < count; ++k)
+            total += c[static_cast<std::size_t>(k)] * static_cast<double>(Array<T>::value(e, k));
+          CHECK(out[e] == static_cast<T>(total));
+          out[e] = Array<T>::value(e, target);
+        }
+      }
+      const Array<T> copied(numel, 9);
+      peer.copy(inputs[0], numel * static_cast<std::int64_t>(sizeof(T)), copied.data(), true);
+      for (std::int64_t e = 0; e < numel; ++e) CHECK(copied[e] == arrays[0][e]);
+    }
+}
+
 // Half types by their bits: 0x4000 is 2 in float16, in bfloat16 too.
-void check_halves(DType dtype) {
+void check_halves(DType dtype, const PeerKernelTable& peer) {
   for (const std::int64_t numel : {1, 7, 15, 16, 17, 33, 513}) {
     const Array<std::uint16_t> lower(numel), upper(numel), out(numel);
     for (std::int64_t i = 0; i < numel; ++i) lower[i] = upper[i] = 0x4000;
@@ -182,6 +232,12 @@ void check_halves(DType dtype) {
     kernels().pair_combine({pair, stats, out.data()}, {});
     for (std::int64_t i = 0; i < numel; ++i) CHECK(out[i] == 0x4000);
     const void* inputs[] = {lower.data(), upper.data()};
+    double gram[3] = {};
+    peer.gram({{inputs, 2, numel, dtype}, gram});
+    for (const double product : gram) CHECK(product == 4.0 * static_cast<double>(numel));
+    const double quarters[] = {0.75, 0.25};
+    peer.weighted_sum({{inputs, 2, numel, dtype}, quarters, out.data()});
+    for (std::int64_t i = 0; i < numel; ++i) CHECK(out[i] == 0x4000);
     const std::int32_t group = 0;
     double squares[2] = {};
     kernels().reduce_squares(
@@ -250,9 +306,11 @@ int main() {
     check_moving<std::uint8_t>(DType::boolean, 1.0);
     check_sum<float>();
     check_sum<double>();
+    check_vectors<float>(*cpu_peer_kernels_for(isa));
+    check_vectors<double>(*cpu_peer_kernels_for(isa));
     check_refusals();
-    check_halves(DType::f16);
-    check_halves(DType::bf16);
+    check_halves(DType::f16, *cpu_peer_kernels_for(isa));
+    check_halves(DType::bf16, *cpu_peer_kernels_for(isa));
   }
   check_shards();
   std::puts("kernels_check: all is well");
