@@ -11,8 +11,9 @@ from adareduce.runtime import ProcessSet
 from adareduce.torch import streams
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.flat_buffers import Place, lay_out
-from adareduce.torch.handles import Handle, dense_strides
+from adareduce.torch.handles import Handle
 from adareduce.torch.statistics import ReductionStats
+from adareduce.torch.tensors import dense_strides
 
 
 def cut_buckets(parameters: Sequence[torch.Tensor], bucket_bytes: int) -> list[list[torch.Tensor]]:
