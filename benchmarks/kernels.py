@@ -25,7 +25,7 @@ from adareduce import _core
 from adareduce.bench import machine
 from adareduce.bench.arguments import DTYPES, dtype_name, parse_size
 from adareduce.bench.timing import LEAST_REPEATS, Ratio, ratio_of_medians, summarise
-from adareduce.torch.handles import dtype_code
+from adareduce.torch.tensors import dtype_code
 
 # Round trips above this are called far: caches share lines in 40 to 150 ns, and cores that have
 # none in common in 300 ns and more, on the machines that were seen.

@@ -112,6 +112,9 @@ def emulate(mode: str) -> Iterator[Gpu]:
     with pytest.MonkeyPatch.context() as patch:
         gpu = Gpu(mode)
         patch.setattr(streams, "device_of", gpu.device_of)
+        patch.setattr(
+            streams, "are_on_cpu", lambda tensors: all(gpu.device_of(t) is None for t in tensors)
+        )
         patch.setattr(streams, "current_device", lambda: gpu.device)
         patch.setattr(streams, "uuid_of", lambda device: gpu.uuid)
         patch.setattr(streams, "current", lambda device: gpu.stream)

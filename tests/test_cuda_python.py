@@ -44,6 +44,7 @@ class Cuda:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     state = Cuda()
     monkeypatch.setattr(streams, "device_of", lambda tensor: state.devices.get(tensor.data_ptr()))
+    monkeypatch.setattr(streams, "are_on_cpu", lambda tensors: False)  # look at each
     monkeypatch.setattr(streams, "current", lambda device: state.stream)
     monkeypatch.setattr(streams, "is_capturing", lambda device=None: state.is_capturing)
     monkeypatch.setattr(streams, "empty_pinned", lambda n, dtype: torch.empty(n, dtype=dtype))
@@ -231,6 +232,7 @@ from emulated_gpu import ImmediateCopies
 cuda_library.is_built = lambda: False
 hvd.init()
 streams.device_of = lambda tensor: 0
+streams.are_on_cpu = lambda tensors: False
 streams.is_capturing = lambda device=None: False
 try:
     hvd.allreduce(torch.ones(3))

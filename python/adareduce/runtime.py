@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any, Literal
@@ -505,20 +505,31 @@ def _check_not_forked() -> None:
         )
 
 
-@contextlib.contextmanager
-def rejected_on_all_ranks(process_set: ProcessSet, *, is_barrier: bool = False) -> Iterator[None]:
+class rejected_on_all_ranks:  # noqa: N801
     """Around the checks and the submission of one call: a mistake raises on the other ranks too.
 
     A call that raises here takes its place in the sequence of calls, so that the others, who may
     have made a correct one, do not wait for it.
     """
-    try:
-        yield
-    except HorovodInternalError:  # the others know
-        raise
-    except Exception as error:
-        reject_call(process_set, error, is_barrier=is_barrier)
-        raise
+
+    __slots__ = ("_is_barrier", "_process_set")
+
+    def __init__(self, process_set: ProcessSet, *, is_barrier: bool = False) -> None:
+        self._process_set = process_set
+        self._is_barrier = is_barrier
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, HorovodInternalError):
+            reject_call(self._process_set, error, is_barrier=self._is_barrier)
+        # Of HorovodInternalError the others know.
 
 
 def reject_call(

@@ -41,6 +41,7 @@ class AdaScale(torch.optim.Optimizer):
             instead of ``lr``, the last one repeats. ``tabulate`` makes it of a scheduler.
         rates: "auto", or how rates get their gain on a GPU: ``choose_rates``. The host waits for
             nothing there, except with "host".
+        gradient_as_bucket_view: Of a plain optimizer, as for ``DistributedOptimizer``.
         process_set: The ranks that take part.
         **estimator: ``smoothing``, ``averaging``, ``clip``, ``floor``, ``absolute_floor``, as
             ``GainEstimator`` takes them.
@@ -63,6 +64,7 @@ class AdaScale(torch.optim.Optimizer):
         loss_scale: float | Callable[[], float] | Any = 1.0,
         schedule: torch.Tensor | None = None,
         rates: str = "auto",
+        gradient_as_bucket_view: bool = False,
         process_set: ProcessSet = global_process_set,
         **estimator: Any,
     ) -> None:
@@ -74,13 +76,15 @@ class AdaScale(torch.optim.Optimizer):
                 raise ValueError(f"AdaScale: optimizer must have an lr in group {number}, got none")
         self._is_distributed = hasattr(optimizer, "skip_synchronize")
         if self._is_distributed:
-            check_distributed(optimizer, named_parameters, backward_passes_per_step, process_set)
+            check_distributed(optimizer, named_parameters, backward_passes_per_step, process_set,
+                              gradient_as_bucket_view)  # fmt: skip
             self._reducer: GradientReducer = optimizer.reducer  # type: ignore[attr-defined]
             self._reducer.with_statistics = True
         else:
             self._reducer = own_reducer(
-                optimizer, named_parameters, backward_passes_per_step, process_set
-            )
+                optimizer, named_parameters, backward_passes_per_step, process_set,
+                gradient_as_bucket_view,
+            )  # fmt: skip
         if not self._reducer.process_set.included():
             raise ValueError("AdaScale: process_set must include this rank, got one that does not")
         device = next((p.device for p in self._parameters()), torch.device("cpu"))

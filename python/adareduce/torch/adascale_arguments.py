@@ -16,6 +16,7 @@ def own_reducer(
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
     passes: int | None,
     process_set: ProcessSet,
+    gradient_as_bucket_view: bool,
 ) -> GradientReducer:
     """The reducer of a plain optimizer's gradients.
 
@@ -41,6 +42,7 @@ def own_reducer(
         op=ReduceOp.Average,
         passes_per_step=passes,
         with_statistics=True,
+        gradient_as_bucket_view=gradient_as_bucket_view,
         process_set=process_set,
     )
 
@@ -50,6 +52,7 @@ def check_distributed(
     named_parameters: object,
     passes: int | None,
     process_set: ProcessSet,
+    gradient_as_bucket_view: bool,
 ) -> None:
     """Refuses a distributed optimizer that does not average, and what only it can be told.
 
@@ -64,6 +67,7 @@ def check_distributed(
         ("named_parameters", named_parameters, None),
         ("backward_passes_per_step", passes, None),
         ("process_set", process_set, global_process_set),
+        ("gradient_as_bucket_view", gradient_as_bucket_view, False),
     ):
         if value is not default:
             raise ValueError(

@@ -11,8 +11,9 @@ from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.allreduce import sum_gradients
 from adareduce.torch.dispatch import choose_path, submit_named
-from adareduce.torch.handles import Handle, check_tensors, synchronize
+from adareduce.torch.handles import Handle, hand_over
 from adareduce.torch.host import gather_numbers, to_tensor
+from adareduce.torch.tensors import check_tensors
 
 
 def allgather_async(
@@ -36,7 +37,8 @@ def allgather_async(
         ValueError: The tensor is a scalar or on no device that can be used, or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
-    return _start("allgather", [tensor], name, process_set)
+    handle: Handle = _start("allgather", [tensor], name, process_set)
+    return handle
 
 
 def allgather(
@@ -61,7 +63,8 @@ def grouped_allgather_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``allgather_async`` for several tensors in one request."""
-    return _start("grouped_allgather", list(tensors), name, process_set)
+    handle: Handle = _start("grouped_allgather", list(tensors), name, process_set)
+    return handle
 
 
 def grouped_allgather(
@@ -82,8 +85,7 @@ class _Allgather(torch.autograd.Function):
     def forward(
         ctx: Any, name: str | None, process_set: ProcessSet, function: str, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        handle = _start(function, list(tensors), name, process_set)
-        results = synchronize(handle)
+        results = _start(function, list(tensors), name, process_set, blocking=True)
         ctx.process_set = process_set
         ctx.num_rows = [tensor.shape[0] for tensor in tensors]
         return tuple(results) if function == "grouped_allgather" else (results,)
@@ -103,8 +105,13 @@ class _Allgather(torch.autograd.Function):
 
 
 def _start(
-    function: str, tensors: list[torch.Tensor], name: str | None, process_set: ProcessSet
-) -> Handle:
+    function: str,
+    tensors: list[torch.Tensor],
+    name: str | None,
+    process_set: ProcessSet,
+    *,
+    blocking: bool = False,
+) -> Any:
     with rejected_on_all_ranks(process_set):
         check_tensors(function, tensors, in_place=False)
         for tensor in tensors:
@@ -131,6 +138,7 @@ def _start(
             outputs or [None] * len(inputs),
             name=name,
             process_set=process_set,
+            blocking=blocking,
             **options,
         )
 
@@ -141,4 +149,4 @@ def _start(
         ]
         return results if function == "grouped_allgather" else results[0]
 
-    return Handle(request, finish, name, process_set.names_in_use)
+    return hand_over(request, finish, name, process_set, blocking=blocking)

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 
 from adareduce.ops import Collective, ReduceOp
-from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
+from adareduce.runtime import (
+    HorovodInternalError,
+    ProcessSet,
+    global_process_set,
+    reject_call,
+    rejected_on_all_ranks,
+)
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.dispatch import submit_named
-from adareduce.torch.handles import (
-    Handle,
-    check_op,
-    check_scales,
-    check_tensors,
-    mark_written,
-    synchronize,
-)
+from adareduce.torch.handles import Handle, hand_over
+from adareduce.torch.tensors import check_op, check_scales, check_tensors, mark_written
+
+# Members of an enum take a while to look up.
+_AVERAGE, _ALLREDUCE = ReduceOp.Average, Collective.allreduce
 
 
 def grouped_allreduce_async_(
@@ -58,9 +61,11 @@ def grouped_allreduce_async_(
     Source: Adasum: arXiv 2006.02924; docs/algorithms.md.
     """
     tensors = list(tensors)
-    return start_allreduce("grouped_allreduce", tensors, tensors, average, name, op,
-                           prescale_factor, postscale_factor, process_set,
-                           in_place=True)  # fmt: skip
+    handle: Handle = start_allreduce(
+        "grouped_allreduce", tensors, tensors, average, name, op, prescale_factor,
+        postscale_factor, process_set, in_place=True,
+    )  # fmt: skip
+    return handle
 
 
 def grouped_allreduce_async(
@@ -73,9 +78,11 @@ def grouped_allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``grouped_allreduce_async_``, into new tensors. Any strides will do."""
-    tensors = list(tensors)
-    return start_allreduce("grouped_allreduce", tensors, None, average, name, op, prescale_factor,
-                  postscale_factor, process_set, in_place=False)  # fmt: skip
+    handle: Handle = start_allreduce(
+        "grouped_allreduce", list(tensors), None, average, name, op, prescale_factor,
+        postscale_factor, process_set, in_place=False,
+    )  # fmt: skip
+    return handle
 
 
 def grouped_allreduce_(
@@ -88,10 +95,11 @@ def grouped_allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> list[torch.Tensor]:
     """As ``grouped_allreduce_async_``, but waits. Returns the tensors."""
-    handle = grouped_allreduce_async_(
-        tensors, average, name, op, prescale_factor, postscale_factor, process_set
-    )
-    result: list[torch.Tensor] = synchronize(handle)
+    tensors = list(tensors)
+    result: list[torch.Tensor] = start_allreduce(
+        "grouped_allreduce", tensors, tensors, average, name, op, prescale_factor,
+        postscale_factor, process_set, in_place=True, blocking=True,
+    )  # fmt: skip
     return result
 
 
@@ -131,8 +139,12 @@ def allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``grouped_allreduce_async_`` for one tensor; the handle's result is the tensor."""
-    return start_allreduce("allreduce", [tensor], [tensor], average, name, op, prescale_factor,
-                  postscale_factor, process_set, in_place=True)  # fmt: skip
+    tensors = [tensor]
+    handle: Handle = start_allreduce(
+        "allreduce", tensors, tensors, average, name, op, prescale_factor, postscale_factor,
+        process_set, in_place=True,
+    )  # fmt: skip
+    return handle
 
 
 def allreduce_async(
@@ -145,8 +157,11 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``grouped_allreduce_async`` for one tensor; the handle's result is the new tensor."""
-    return start_allreduce("allreduce", [tensor], None, average, name, op, prescale_factor,
-                  postscale_factor, process_set, in_place=False)  # fmt: skip
+    handle: Handle = start_allreduce(
+        "allreduce", [tensor], None, average, name, op, prescale_factor, postscale_factor,
+        process_set, in_place=False,
+    )  # fmt: skip
+    return handle
 
 
 def allreduce_(
@@ -159,10 +174,11 @@ def allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> torch.Tensor:
     """As ``allreduce_async_``, but waits. Returns the tensor."""
-    handle = allreduce_async_(
-        tensor, average, name, op, prescale_factor, postscale_factor, process_set
-    )
-    result: torch.Tensor = synchronize(handle)
+    tensors = [tensor]
+    result: torch.Tensor = start_allreduce(
+        "allreduce", tensors, tensors, average, name, op, prescale_factor, postscale_factor,
+        process_set, in_place=True, blocking=True,
+    )  # fmt: skip
     return result
 
 
@@ -198,13 +214,12 @@ class _Allreduce(torch.autograd.Function):
         function: str,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        handle = start_allreduce(
+        results = start_allreduce(
             function, list(tensors), None, average, name, op, prescale_factor, postscale_factor,
-            process_set, in_place=False,
+            process_set, in_place=False, blocking=True,
         )  # fmt: skip
         ctx.arguments = (prescale_factor, postscale_factor, process_set, function)
         ctx.op = choose_op(function, average, op)
-        results = synchronize(handle)
         return tuple(results) if function == "grouped_allreduce" else (results,)
 
     @staticmethod
@@ -246,6 +261,10 @@ def compress_all(
 
 def choose_op(function: str, average: bool | None, op: ReduceOp | None) -> ReduceOp:
     """The reduction that two arguments ask for; raises ValueError where they contradict."""
+    if average is None and op is None:
+        return _AVERAGE
+    if average is None and type(op) is ReduceOp:
+        return op
     if average is not None and op is not None:
         raise ValueError(
             f"{function}: only one of average and op must be given, got average={average!r} and"
@@ -253,10 +272,8 @@ def choose_op(function: str, average: bool | None, op: ReduceOp | None) -> Reduc
         )
     if average is not None:
         return ReduceOp.Average if average else ReduceOp.Sum
-    if op is None:
-        return ReduceOp.Average
     try:
-        return ReduceOp(op)
+        return ReduceOp(op)  # type: ignore[arg-type]
     except ValueError:
         names = ", ".join(choice.name for choice in ReduceOp)
         raise ValueError(f"{function}: op must be one of {names}, got {op!r}") from None
@@ -274,25 +291,30 @@ def start_allreduce(
     process_set: ProcessSet,
     *,
     in_place: bool,
+    blocking: bool = False,
     finish: Callable[[Any, list[torch.Tensor]], Any] | None = None,
     **options: Any,
-) -> Handle:
-    """What all forms have in common. ``finish`` makes the handle's result of the outputs.
+) -> Any:
+    """What all forms have in common: the handle or, where it blocks, the result.
 
-    ``options`` are further ones of ``submit_named``, for statistics.
+    ``finish`` makes the result of the outputs. ``options`` are further ones of ``submit_named``,
+    for statistics.
     """
-    with rejected_on_all_ranks(process_set):
+    try:  # rejected_on_all_ranks, which would cost a tenth of all that happens here
         chosen_op = choose_op(function, average, op)
-        check_tensors(function, tensors, in_place=in_place)
-        check_op(function, chosen_op, tensors)
-        check_scales(function, tensors, prescale_factor, postscale_factor)
-        inputs = [
-            tensor.detach() if in_place else tensor.detach().contiguous() for tensor in tensors
-        ]
-        final_outputs = outputs or [torch.empty_like(tensor) for tensor in inputs]
+        known = check_tensors(function, tensors, in_place=in_place)
+        dtypes, _ = known
+        check_op(function, chosen_op, dtypes)
+        check_scales(function, dtypes, prescale_factor, postscale_factor)
+        inputs = tensors
+        if not in_place:
+            inputs, known = [tensor.detach().contiguous() for tensor in tensors], (dtypes, True)
+        final_outputs = (
+            [torch.empty_like(tensor) for tensor in inputs] if outputs is None else outputs
+        )
         request = submit_named(
             function,
-            Collective.allreduce,
+            _ALLREDUCE,
             inputs,
             final_outputs,
             name=name,
@@ -300,8 +322,15 @@ def start_allreduce(
             op=chosen_op,
             prescale_factor=float(prescale_factor),
             postscale_factor=float(postscale_factor),
+            blocking=blocking,
+            known=known,
             **options,
         )
+    except HorovodInternalError:
+        raise
+    except Exception as error:
+        reject_call(process_set, error)
+        raise
 
     def result_of(request: Any) -> Any:
         if in_place:
@@ -310,4 +339,4 @@ def start_allreduce(
             return finish(request, final_outputs)
         return final_outputs if function == "grouped_allreduce" else final_outputs[0]
 
-    return Handle(request, result_of, name, process_set.names_in_use)
+    return hand_over(request, result_of, name, process_set, blocking=blocking)

@@ -9,8 +9,9 @@ import torch
 from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ranks
 from adareduce.torch.dispatch import choose_path, submit_named
-from adareduce.torch.handles import Handle, check_tensors, synchronize
+from adareduce.torch.handles import Handle, hand_over
 from adareduce.torch.host import gather_numbers, to_tensor
+from adareduce.torch.tensors import check_tensors
 
 
 def alltoall_async(
@@ -40,7 +41,8 @@ def alltoall_async(
             add up, or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
-    return _start(tensor, splits, name, process_set)
+    handle: Handle = _start(tensor, splits, name, process_set)
+    return handle
 
 
 def alltoall(
@@ -69,8 +71,9 @@ class _Alltoall(torch.autograd.Function):
         name: str | None,
         process_set: ProcessSet,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        handle = _start(tensor, splits, name, process_set, always_received=True)
-        result, received = synchronize(handle)
+        result, received = _start(
+            tensor, splits, name, process_set, always_received=True, blocking=True
+        )
         ctx.process_set, ctx.received = process_set, received
         ctx.mark_non_differentiable(received)
         return result, received
@@ -88,7 +91,8 @@ def _start(
     process_set: ProcessSet,
     *,
     always_received: bool = False,
-) -> Handle:
+    blocking: bool = False,
+) -> Any:
     with rejected_on_all_ranks(process_set):
         check_tensors("alltoall", [tensor], in_place=False)
         if tensor.dim() == 0:
@@ -110,6 +114,7 @@ def _start(
             [output],
             name=name,
             process_set=process_set,
+            blocking=blocking,
             **options,
         )
 
@@ -122,7 +127,7 @@ def _start(
             return result
         return result, torch.tensor(rows_from, dtype=torch.int32, device="cpu")
 
-    return Handle(request, finish, name, process_set.names_in_use)
+    return hand_over(request, finish, name, process_set, blocking=blocking)
 
 
 def _check_splits(

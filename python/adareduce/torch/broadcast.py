@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +10,8 @@ from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
 from adareduce.torch.allreduce import sum_gradients
 from adareduce.torch.dispatch import submit_named
-from adareduce.torch.handles import (
-    Handle,
-    check_tensors,
-    mark_written,
-    synchronize,
-)
+from adareduce.torch.handles import Handle, hand_over
+from adareduce.torch.tensors import check_tensors, mark_written
 
 
 def broadcast_async_(
@@ -42,7 +37,10 @@ def broadcast_async_(
             can be used, or ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
-    return start_broadcast([tensor], root_rank, name, process_set, in_place=True, is_grouped=False)
+    handle: Handle = start_broadcast(
+        [tensor], root_rank, name, process_set, in_place=True, is_grouped=False
+    )
+    return handle
 
 
 def broadcast_async(
@@ -52,7 +50,10 @@ def broadcast_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """As ``broadcast_async_``, into a new tensor."""
-    return start_broadcast([tensor], root_rank, name, process_set, in_place=False, is_grouped=False)
+    handle: Handle = start_broadcast(
+        [tensor], root_rank, name, process_set, in_place=False, is_grouped=False
+    )
+    return handle
 
 
 def broadcast_(
@@ -62,7 +63,9 @@ def broadcast_(
     process_set: ProcessSet = global_process_set,
 ) -> torch.Tensor:
     """As ``broadcast_async_``, but waits. Returns the tensor."""
-    result: torch.Tensor = synchronize(broadcast_async_(tensor, root_rank, name, process_set))
+    result: torch.Tensor = start_broadcast(
+        [tensor], root_rank, name, process_set, in_place=True, is_grouped=False, blocking=True
+    )
     return result
 
 
@@ -87,7 +90,9 @@ class _Broadcast(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.root_rank = root_rank
         ctx.process_set = process_set
-        result: torch.Tensor = synchronize(broadcast_async(tensor, root_rank, name, process_set))
+        result: torch.Tensor = start_broadcast(
+            [tensor], root_rank, name, process_set, in_place=False, is_grouped=False, blocking=True
+        )
         return result
 
     @staticmethod
@@ -97,15 +102,16 @@ class _Broadcast(torch.autograd.Function):
 
 
 def start_broadcast(
-    tensors: Sequence[torch.Tensor],
+    tensors: list[torch.Tensor],
     root_rank: int,
     name: str | None,
     process_set: ProcessSet,
     *,
     in_place: bool,
     is_grouped: bool,
-) -> Handle:
-    """One request for all tensors."""
+    blocking: bool = False,
+) -> Any:
+    """One request for all tensors: its handle or, where it blocks, its result."""
     with rejected_on_all_ranks(process_set):
         check_tensors("broadcast", tensors, in_place=in_place)
         if root_rank not in process_set.ranks:
@@ -114,10 +120,8 @@ def start_broadcast(
                 f"broadcast: root_rank must be one of the ranks {process_set.ranks} of the process"
                 f" set, got {root_rank!r}"
             )
-        inputs = [
-            tensor.detach() if in_place else tensor.detach().contiguous() for tensor in tensors
-        ]
-        outputs = list(tensors) if in_place else [torch.empty_like(tensor) for tensor in inputs]
+        inputs = tensors if in_place else [tensor.detach().contiguous() for tensor in tensors]
+        outputs = inputs if in_place else [torch.empty_like(tensor) for tensor in inputs]
         request = submit_named(
             "broadcast",
             Collective.broadcast,
@@ -125,6 +129,7 @@ def start_broadcast(
             outputs,
             name=name,
             process_set=process_set,
+            blocking=blocking,
             root=process_set.ranks.index(root_rank),
         )
 
@@ -133,4 +138,4 @@ def start_broadcast(
             mark_written(outputs)
         return outputs if is_grouped else outputs[0]
 
-    return Handle(request, finish, name, process_set.names_in_use)
+    return hand_over(request, finish, name, process_set, blocking=blocking)

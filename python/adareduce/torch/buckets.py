@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from adareduce.runtime import ProcessSet
 from adareduce.torch import streams
 from adareduce.torch.compression import Compression, Compressor
-from adareduce.torch.handles import Handle, dense_strides
+from adareduce.torch.flat_buffers import Place, lay_out
+from adareduce.torch.handles import Handle
 from adareduce.torch.statistics import ReductionStats
+from adareduce.torch.tensors import dense_strides
 
 
 def cut_buckets(parameters: Sequence[torch.Tensor], bucket_bytes: int) -> list[list[torch.Tensor]]:
@@ -78,6 +81,10 @@ class Bucket:
         parameters: Those of the bucket.
         names: Of all parameters, by id.
         group_of: Number of the parameter group of all parameters, by id.
+        sharers: The ranks in whose flat buffers gradients lie; None: gradients lie anywhere.
+
+    Attributes:
+        num_copied: Gradients that were copied into a flat buffer, since they had come elsewhere.
     """
 
     def __init__(
@@ -86,6 +93,7 @@ class Bucket:
         parameters: Sequence[torch.Tensor],
         names: Mapping[int, str],
         group_of: Mapping[int, int],
+        sharers: ProcessSet | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.names = [names[id(parameter)] for parameter in parameters]
@@ -99,6 +107,14 @@ class Bucket:
         self.presence = torch.ones(
             len(parameters), dtype=parameters[0].dtype, device=parameters[0].device
         )
+        self._places: list[Place] = []
+        if sharers is not None:
+            *self._places, place_of_presence = lay_out([*parameters, self.presence], sharers)
+            self.presence = place_of_presence.tensor
+        # A parameter that is listed twice has its gradient where it is listed first.
+        first = {id(p): place for place, p in reversed(list(enumerate(parameters)))}
+        self._is_first = [first[id(p)] == place for place, p in enumerate(parameters)]
+        self.num_copied = 0
         self.is_on_gpu = streams.device_of(self.presence) is not None
         self.handle: Handle | None = None
         self.contexts: list[Any] = []
@@ -127,6 +143,32 @@ class Bucket:
         self._seen: dict[int, torch.Tensor] = {}
         if self._squares is not None:
             self._squares.zero_()
+
+    def adopt(self, place: int) -> None:
+        """Makes a gradient that was just accumulated lie in the flat buffer, if there is one."""
+        parameter = self.parameters[place]
+        gradient = parameter.grad
+        if not self._places or not self._is_first[place] or gradient is None:
+            return
+        # Sparse ones are added up as they are; prepare() refuses what is left.
+        if (
+            gradient.layout == torch.strided
+            and not gradient.requires_grad
+            and gradient.dtype == parameter.dtype
+        ):
+            gradient = self._put(place, gradient)
+            if gradient is not parameter.grad:
+                parameter.grad = gradient
+
+    def _put(self, place: int, gradient: torch.Tensor) -> torch.Tensor:
+        room = self._places[place]
+        if gradient.dtype != room.tensor.dtype:
+            raise ValueError(
+                f"backward: the gradient of {self.names[place]!r} must have its parameter's dtype"
+                f" {room.tensor.dtype} with gradient_as_bucket_view=True, got {gradient.dtype}"
+            )
+        self.num_copied += room.take(gradient)
+        return room.tensor
 
     def see(self, place: int, gradient: torch.Tensor) -> None:
         """Takes the square of one pass's gradient, before it is accumulated."""
@@ -177,7 +219,10 @@ class Bucket:
         gradient = parameter.grad
         if gradient is None:
             self._missing.append(place)
-            gradient = torch.zeros_like(parameter)
+            if self._places:
+                gradient = self._places[place].tensor.zero_()
+            else:
+                gradient = torch.zeros_like(parameter)
         elif gradient.layout != torch.strided:
             if not sparse_as_dense:
                 raise ValueError(
@@ -192,7 +237,11 @@ class Bucket:
             )
         # The ranks must agree on strides, so everybody takes the parameter's.
         usual = self._strides[place]
-        if gradient.stride() != usual and dense_strides(gradient) != self._dense_strides[place]:
+        if self._places:
+            gradient = self._put(place, gradient)
+            if not self._is_first[place]:
+                return gradient
+        elif gradient.stride() != usual and dense_strides(gradient) != self._dense_strides[place]:
             gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
         if gradient is not parameter.grad:
             parameter.grad = gradient
@@ -204,10 +253,12 @@ class Bucket:
         Raises:
             RuntimeError: One was.
         """
-        for name, parameter, gradient, version in zip(
-            self.names, self.parameters, self._gradients, self._versions, strict=True
-        ):
-            if parameter.grad is not gradient or gradient._version != version:
+        for name, parameter, gradient, version, is_first in zip(
+            self.names, self.parameters, self._gradients, self._versions, self._is_first,
+            strict=True,
+        ):  # fmt: skip
+            is_other = parameter.grad is not gradient and (is_first or not self._places)
+            if is_other or gradient._version != version:
                 raise RuntimeError(
                     f"step: the gradient of {name!r} must not be touched while it is being reduced,"
                     " got one that was changed or replaced: call synchronize() first, and step()"

@@ -18,6 +18,7 @@ from adareduce.runtime import (
 from adareduce.torch.allreduce import allreduce_, grouped_allreduce_async_
 from adareduce.torch.buckets import check_known, name_of_request
 from adareduce.torch.compression import Compression, Compressor
+from adareduce.torch.flat_buffers import lay_out
 from adareduce.torch.gradients import check_passes
 from adareduce.torch.handles import Handle, synchronize
 from adareduce.torch.wrapping import Wrapper
@@ -53,9 +54,11 @@ class DeltaForm(Wrapper):
         process_set = options.process_set
         number = process_set.num_reducers
         process_set.num_reducers += 1
+        shares = options.gradient_as_bucket_view and process_set.included()
+        sharers = process_set if shares else None
         self._request_name = f"weights {number}"
         self._buckets = [
-            _DeltaBucket(f"{self._request_name}.{place}", bucket, self._names)
+            _DeltaBucket(f"{self._request_name}.{place}", bucket, self._names, sharers)
             for place, bucket in enumerate(options.buckets_of(groups))
         ]
         self._known = {id(p) for bucket in self._buckets for p in bucket.parameters}
@@ -170,15 +173,22 @@ class DeltaForm(Wrapper):
 
 
 class _DeltaBucket:
-    """Parameters whose changes are one request."""
+    """Parameters whose changes are one request; ``sharers``: in flat buffers of these ranks."""
 
     def __init__(
-        self, title: str, parameters: Sequence[torch.Tensor], names: Mapping[int, str]
+        self,
+        title: str,
+        parameters: Sequence[torch.Tensor],
+        names: Mapping[int, str],
+        sharers: ProcessSet | None,
     ) -> None:
         self.parameters = list(parameters)
         self._title = name_of_request(title, [names[id(parameter)] for parameter in parameters])
         self._starts = [torch.empty_like(p, requires_grad=False) for p in parameters]
-        self._deltas = [torch.empty_like(p, requires_grad=False) for p in parameters]
+        if sharers is None:
+            self._deltas = [torch.empty_like(p, requires_grad=False) for p in parameters]
+        else:
+            self._deltas = [place.tensor for place in lay_out(self.parameters, sharers)]
         self._handle: Handle | None = None
         self._contexts: list[Any] = []
 

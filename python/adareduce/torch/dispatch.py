@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from adareduce import _core
-from adareduce.ops import Collective, CudaPath
+from adareduce.ops import Collective, CudaPath, ReduceOp
 from adareduce.runtime import ChosenPath, ProcessSet
 from adareduce.torch import streams
 from adareduce.torch.device import path_of
 from adareduce.torch.handles import Request, submit, take_name
 from adareduce.torch.launching import launch
 from adareduce.torch.staging import stage
+from adareduce.torch.tensors import Known
 
 
 def submit_named(
@@ -25,32 +26,44 @@ def submit_named(
     *,
     name: str | None,
     process_set: ProcessSet,
+    op: ReduceOp = ReduceOp.Sum,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    blocking: bool = False,
+    known: Known | None = None,
     **options: Any,
 ) -> Request:
     """Starts a call and holds its name, which it gives back where the call is refused.
 
     Inside ``rejected_on_all_ranks``. With CPU tensors it is ``handles.submit``. With CUDA tensors,
-    ``launching.launch`` or ``staging.stage``, whose options are those of ``launch``.
+    ``launching.launch`` or ``staging.stage``, whose options are those of ``launch``; ``blocking``
+    and ``known`` mean nothing to them.
 
     Raises:
         ValueError: The name is in use, or the tensors' GPU cannot be used.
         HorovodInternalError: A rank is lost.
     """
-    take_name(function, name, process_set)
+    if name is not None:
+        take_name(function, name, process_set)
     try:
         chosen = choose_path(function, inputs, process_set)
         if chosen is None:
             return submit(
-                collective, inputs, outputs, name=name, process_set=process_set, **options
-            )
+                collective, inputs, outputs, name=name, process_set=process_set, op=op,
+                prescale_factor=prescale_factor, postscale_factor=postscale_factor,
+                blocking=blocking, known=known, **options,
+            )  # fmt: skip
         start = stage if chosen.path == CudaPath.staged else launch
         return start(
             collective,
-            inputs,
+            [tensor.detach() for tensor in inputs],  # copies of them must not be differentiated
             [output for output in outputs if output is not None],
             device=chosen.device,
             name=name,
             process_set=process_set,
+            op=op,
+            prescale_factor=prescale_factor,
+            postscale_factor=postscale_factor,
             **options,
         )
     except _core.DisagreementError as error:

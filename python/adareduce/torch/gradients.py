@@ -50,6 +50,8 @@ class GradientReducer:
         buckets: The buckets themselves, instead.
         sparse_as_dense: Makes sparse gradients dense, for good; otherwise they are an error.
         with_statistics: Fill ``statistics``.
+        gradient_as_bucket_view: Gradients lie in a flat buffer per bucket; docs/optimizer.md. The
+            constructor is collective then.
         process_set: The ranks that take part; on others nothing is reduced.
 
     Attributes:
@@ -70,6 +72,7 @@ class GradientReducer:
         buckets: Sequence[Sequence[torch.Tensor]] | None = None,
         sparse_as_dense: bool = False,
         with_statistics: bool = False,
+        gradient_as_bucket_view: bool = False,
         process_set: ProcessSet = global_process_set,
     ) -> None:
         if op not in (Average, Sum):
@@ -103,8 +106,9 @@ class GradientReducer:
         number = process_set.num_reducers
         process_set.num_reducers += 1
         group_of = {id(p): place for place, group in enumerate(groups) for p in group}
+        sharers = process_set if gradient_as_bucket_view and self._is_member else None
         self._buckets = [
-            Bucket(f"gradients {number}.{place}", bucket, self._names, group_of)
+            Bucket(f"gradients {number}.{place}", bucket, self._names, group_of, sharers)
             for place, bucket in enumerate(buckets)
             if bucket
         ]
@@ -145,6 +149,11 @@ class GradientReducer:
     def num_buckets(self) -> int:
         """Requests per step."""
         return len(self._buckets)
+
+    @property
+    def num_copied(self) -> int:
+        """Gradients that had to be copied into the buffers of gradient_as_bucket_view so far."""
+        return sum(bucket.num_copied for bucket in self._buckets)
 
     @property
     def num_finished(self) -> int:
@@ -274,6 +283,7 @@ class GradientReducer:
             )
             self.abandon(error)
             raise error
+        bucket.adopt(place)
         if bucket.passes[place] == self._passes_per_step:
             bucket.num_waiting -= 1
             while self._num_launched < len(self._buckets):

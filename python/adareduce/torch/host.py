@@ -9,7 +9,7 @@ import torch
 from adareduce import _core
 from adareduce.ops import Collective
 from adareduce.runtime import ProcessSet
-from adareduce.torch.handles import Handle, submit
+from adareduce.torch.handles import hand_over, submit
 
 
 def to_tensor(memory: _core.Memory, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -38,7 +38,9 @@ def gather_texts(text: str, name: str | None, process_set: ProcessSet) -> list[s
 
 
 def _gather(mine: torch.Tensor, name: str | None, process_set: ProcessSet) -> torch.Tensor:
-    request = submit(Collective.allgather, [mine], [None], name=name, process_set=process_set)
-    Handle(request, lambda _: None, None, set()).synchronize()
+    request = submit(
+        Collective.allgather, [mine], [None], name=name, process_set=process_set, blocking=True
+    )
+    hand_over(request, lambda _: None, None, process_set, blocking=True)
     ((memory, shape, _),) = request.gathered()
     return to_tensor(memory, shape, mine.dtype)

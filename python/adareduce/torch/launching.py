@@ -12,7 +12,7 @@ import torch
 from adareduce.ops import Collective, ReduceOp
 from adareduce.runtime import ProcessSet, current_job
 from adareduce.torch import streams
-from adareduce.torch.handles import describe_tensors
+from adareduce.torch.tensors import describe_tensors
 
 
 class Work(Protocol):

@@ -12,7 +12,8 @@ from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_
 from adareduce.torch import streams
 from adareduce.torch.allgather import grouped_allgather_async
 from adareduce.torch.broadcast import broadcast_, start_broadcast
-from adareduce.torch.handles import check_tensors, synchronize
+from adareduce.torch.handles import synchronize
+from adareduce.torch.tensors import check_tensors
 
 
 def broadcast_parameters(
@@ -65,9 +66,8 @@ def broadcast_by_device(
         by_device.setdefault(streams.device_of(tensor), []).append(tensor)
     for device, group in by_device.items():
         if group or device is None:
-            synchronize(
-                start_broadcast(group, root_rank, None, process_set, in_place=True, is_grouped=True)
-            )
+            start_broadcast(group, root_rank, None, process_set, in_place=True, is_grouped=True,
+                            blocking=True)  # fmt: skip
 
 
 def broadcast_object(

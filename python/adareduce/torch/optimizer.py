@@ -36,8 +36,10 @@ def DistributedOptimizer(  # noqa: N802
     groups: int | Sequence[Sequence[torch.Tensor]] | None = None,
     sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
+    *,
+    gradient_as_bucket_view: bool = False,
 ) -> Any:
-    """Makes of an optimizer one that takes the step of all ranks. Not collective.
+    """Makes of an optimizer one that takes the step of all ranks.
 
     Average and Sum reduce gradients while backward runs; ``step`` waits. Gradients are added over
     the passes and reduced over the ranks only, as in Horovod: divide the loss by the passes where
@@ -55,6 +57,8 @@ def DistributedOptimizer(  # noqa: N802
         groups: How many requests, or lists of parameters that travel in one request each.
         sparse_as_dense: Makes sparse gradients dense, for good; otherwise they are an error.
         process_set: The ranks that take part; others step by themselves.
+        gradient_as_bucket_view: Gradients (Adasum: weight changes) lie side by side in a buffer per
+            request, and are not packed. This call is collective then, otherwise not.
 
     Raises:
         TypeError: ``optimizer`` or ``compression`` is not one.
@@ -103,6 +107,7 @@ def DistributedOptimizer(  # noqa: N802
         passes_per_step=backward_passes_per_step,
         compression=compression,
         sparse_as_dense=sparse_as_dense,
+        gradient_as_bucket_view=gradient_as_bucket_view,
         process_set=process_set,
     )
     return wrap(DeltaForm if op == Adasum else GradientForm, optimizer, options)
@@ -133,6 +138,7 @@ class GradientForm(Wrapper):
             buckets=options.buckets_of(groups),
             sparse_as_dense=options.sparse_as_dense,
             with_statistics=former is not None and former.with_statistics,
+            gradient_as_bucket_view=options.gradient_as_bucket_view,
             process_set=options.process_set,
         )
         self._is_synchronized = False  # by synchronize(), without a step since

@@ -28,6 +28,7 @@ class Options:
     passes_per_step: int
     compression: type[Compressor]
     sparse_as_dense: bool
+    gradient_as_bucket_view: bool
     process_set: ProcessSet
 
     def names_of(self, groups: Sequence[Sequence[torch.Tensor]]) -> list[str]:

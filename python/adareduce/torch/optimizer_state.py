@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from adareduce.runtime import ProcessSet, global_process_set, rank, rejected_on_all_ranks
-from adareduce.torch.handles import check_tensors
 from adareduce.torch.objects import broadcast_by_device, broadcast_object
+from adareduce.torch.tensors import check_tensors
 
 
 class _Place(NamedTuple):

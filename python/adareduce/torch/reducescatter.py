@@ -13,13 +13,8 @@ from adareduce.torch.allgather import grouped_allgather
 from adareduce.torch.allreduce import choose_op, compress_all
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.dispatch import submit_named
-from adareduce.torch.handles import (
-    Handle,
-    check_op,
-    check_scales,
-    check_tensors,
-    synchronize,
-)
+from adareduce.torch.handles import Handle, hand_over
+from adareduce.torch.tensors import check_op, check_scales, check_tensors
 
 
 def grouped_reducescatter_async(
@@ -51,8 +46,9 @@ def grouped_reducescatter_async(
             ``name`` is in use.
         HorovodInternalError: The process set is broken.
     """
-    return _start("grouped_reducescatter", list(tensors), name, op, process_set, prescale_factor,
-                  postscale_factor)  # fmt: skip
+    handle: Handle = _start("grouped_reducescatter", list(tensors), name, op, process_set,
+                            prescale_factor, postscale_factor)  # fmt: skip
+    return handle
 
 
 def grouped_reducescatter(
@@ -81,8 +77,9 @@ def reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> Handle:
     """As ``grouped_reducescatter_async`` for one tensor; the handle's result is its rows."""
-    return _start("reducescatter", [tensor], name, op, process_set, prescale_factor,
-                  postscale_factor)  # fmt: skip
+    handle: Handle = _start("reducescatter", [tensor], name, op, process_set, prescale_factor,
+                            postscale_factor)  # fmt: skip
+    return handle
 
 
 def reducescatter(
@@ -137,11 +134,10 @@ class _Reducescatter(torch.autograd.Function):
         postscale_factor: float,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        handle = _start(function, list(tensors), name, op, process_set, prescale_factor,
-                        postscale_factor)  # fmt: skip
+        results = _start(function, list(tensors), name, op, process_set, prescale_factor,
+                         postscale_factor, blocking=True)  # fmt: skip
         ctx.op, ctx.process_set, ctx.function = choose_op(function, None, op), process_set, function
         ctx.factor = prescale_factor * postscale_factor
-        results = synchronize(handle)
         return tuple(results) if function == "grouped_reducescatter" else (results,)
 
     @staticmethod
@@ -165,16 +161,18 @@ def _start(
     process_set: ProcessSet,
     prescale_factor: float,
     postscale_factor: float,
-) -> Handle:
+    *,
+    blocking: bool = False,
+) -> Any:
     with rejected_on_all_ranks(process_set):
         chosen_op = choose_op(function, None, op)
         if chosen_op == ReduceOp.Adasum:
             raise ValueError(
                 f"{function}: op must be Average, Sum, Min, Max or Product, got Adasum"
             )
-        check_tensors(function, tensors, in_place=False)
-        check_op(function, chosen_op, tensors)
-        check_scales(function, tensors, prescale_factor, postscale_factor)
+        dtypes, _ = check_tensors(function, tensors, in_place=False)
+        check_op(function, chosen_op, dtypes)
+        check_scales(function, dtypes, prescale_factor, postscale_factor)
         for tensor in tensors:
             if tensor.dim() == 0:
                 raise ValueError(
@@ -200,9 +198,10 @@ def _start(
             op=chosen_op,
             prescale_factor=float(prescale_factor),
             postscale_factor=float(postscale_factor),
+            blocking=blocking,
         )
 
     def finish(_: Any) -> torch.Tensor | list[torch.Tensor]:
         return outputs if function == "grouped_reducescatter" else outputs[0]
 
-    return Handle(request, finish, name, process_set.names_in_use)
+    return hand_over(request, finish, name, process_set, blocking=blocking)

@@ -13,8 +13,9 @@ from adareduce.runtime import ProcessSet, global_process_set, rejected_on_all_ra
 from adareduce.torch import streams
 from adareduce.torch.allreduce import start_allreduce
 from adareduce.torch.dispatch import choose_path
-from adareduce.torch.handles import FLOAT_DTYPES, Handle, check_tensors, dtype_code, synchronize
+from adareduce.torch.handles import Handle
 from adareduce.torch.launching import DeviceStats
+from adareduce.torch.tensors import FLOAT_DTYPES, check_tensors, dtype_code
 
 
 class ReductionStats(NamedTuple):
@@ -76,8 +77,9 @@ def grouped_allreduce_with_stats_async_(
     Source: arXiv 2007.05105, section 3; arXiv 2006.02924; docs/algorithms.md.
     """
     tensors = list(tensors)
-    return _start(tensors, tensors, groups, name, op, prescale_factor, postscale_factor,
-                  process_set, local_squares)  # fmt: skip
+    handle: Handle = _start(tensors, tensors, groups, name, op, prescale_factor, postscale_factor,
+                            process_set, local_squares)  # fmt: skip
+    return handle
 
 
 def grouped_allreduce_with_stats_async(
@@ -91,8 +93,9 @@ def grouped_allreduce_with_stats_async(
     local_squares: torch.Tensor | None = None,
 ) -> Handle:
     """As ``grouped_allreduce_with_stats_async_``, into new tensors."""
-    return _start(list(tensors), None, groups, name, op, prescale_factor, postscale_factor,
-                  process_set, local_squares)  # fmt: skip
+    handle: Handle = _start(list(tensors), None, groups, name, op, prescale_factor,
+                            postscale_factor, process_set, local_squares)  # fmt: skip
+    return handle
 
 
 def grouped_allreduce_with_stats_(
@@ -106,11 +109,11 @@ def grouped_allreduce_with_stats_(
     local_squares: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], ReductionStats]:
     """As ``grouped_allreduce_with_stats_async_``, but waits."""
-    handle = grouped_allreduce_with_stats_async_(
-        tensors, groups, name, op, prescale_factor, postscale_factor, process_set,
-        local_squares,
+    tensors = list(tensors)
+    result: tuple[list[torch.Tensor], ReductionStats] = _start(
+        tensors, tensors, groups, name, op, prescale_factor, postscale_factor, process_set,
+        local_squares, blocking=True,
     )  # fmt: skip
-    result: tuple[list[torch.Tensor], ReductionStats] = synchronize(handle)
     return result
 
 
@@ -125,11 +128,10 @@ def grouped_allreduce_with_stats(
     local_squares: torch.Tensor | None = None,
 ) -> tuple[list[torch.Tensor], ReductionStats]:
     """As ``grouped_allreduce_with_stats_``, into new tensors. Cannot be differentiated."""
-    handle = grouped_allreduce_with_stats_async(
-        tensors, groups, name, op, prescale_factor, postscale_factor, process_set,
-        local_squares,
+    result: tuple[list[torch.Tensor], ReductionStats] = _start(
+        list(tensors), None, groups, name, op, prescale_factor, postscale_factor, process_set,
+        local_squares, blocking=True,
     )  # fmt: skip
-    result: tuple[list[torch.Tensor], ReductionStats] = synchronize(handle)
     return result
 
 
@@ -195,7 +197,9 @@ def _start(
     postscale_factor: float,
     process_set: ProcessSet,
     local_squares: torch.Tensor | None,
-) -> Handle:
+    *,
+    blocking: bool = False,
+) -> Any:
     function = "grouped_allreduce_with_stats"
     with rejected_on_all_ranks(process_set):
         check_tensors(function, tensors, in_place=False)
@@ -237,7 +241,7 @@ def _start(
 
     return start_allreduce(function, tensors, outputs, None, name, op, prescale_factor,
                            postscale_factor, process_set, in_place=outputs is not None,
-                           finish=finish, **options)  # fmt: skip
+                           finish=finish, blocking=blocking, **options)  # fmt: skip
 
 
 def _make_room(

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import operator
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+
+_IS_CPU = operator.attrgetter("is_cpu")
 
 
 def device_of(tensor: torch.Tensor) -> int | None:
     """CUDA's index of the GPU that holds the tensor; None where none does."""
     return tensor.device.index if tensor.is_cuda else None
+
+
+def are_on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all tensors lie on the CPU."""
+    return tensors[0].is_cpu if len(tensors) == 1 else all(map(_IS_CPU, tensors))
 
 
 def current_device() -> int:
