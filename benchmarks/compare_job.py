@@ -144,9 +144,7 @@ class CaseRun:
             "unavailable": self.unavailable,
         }
 
-    def _prepared(
-        self, name: str, make: Callable[[], Contender], library: Library
-    ) -> Turn | None:
+    def _prepared(self, name: str, make: Callable[[], Contender], library: Library) -> Turn | None:
         """The contender's turn, tried and checked; None where there is no such call."""
         turn, reason = attempt(self._ranks, lambda: self._warmed_up(make(), library))
         if turn is None:
