@@ -109,14 +109,18 @@ def collectives(rows: list[Row]) -> str:
 
 
 def steps(rows: list[Row]) -> str:
-    """Whole training steps: medians in ms, ratios with intervals."""
-    names = list(rows[0]["median_seconds"])
-    lines = [["ranks", *(f"{name} (ms)" for name in names), *rows[0]["ratios"], "hidden",
+    """Whole training steps: medians in ms, ratios with intervals. Rows need not have the same."""
+    names = list(dict.fromkeys(name for row in rows for name in row["median_seconds"]))
+    pairs = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    lines = [["ranks", *(f"{name} (ms)" for name in names), *pairs, "hidden",
               "reduced during backward"]]  # fmt: skip
     for row in rows:
+        medians = [row["median_seconds"].get(name) for name in names]
+        hidden = row.get("hidden_interval")
         lines.append([
-            str(row["ranks"]), *(f"{1e3 * row['median_seconds'][name]:.0f}" for name in names),
-            *(ratio_text(ratio, "") for ratio in row["ratios"].values()), f"{row['hidden']:.2f}",
+            str(row["ranks"]), *("" if m is None else f"{1e3 * m:.0f}" for m in medians),
+            *(ratio_text(row["ratios"].get(name), "") for name in pairs),
+            ratio_text(hidden, "") if hidden else f"{row['hidden']:.2f}",
             f"{row['reduced_during_backward']:.2f}" if "reduced_during_backward" in row else "",
         ])  # fmt: skip
     return markdown(lines)
