@@ -129,7 +129,10 @@ class Contents:
         self._case = case
         self._size = size
         self._mine = [self.period(rank, index) for index in range(len(case.shapes))]
+        self._short = [i for i, numel in enumerate(case.numels) if numel < PERIOD]
+        self._long = [i for i, numel in enumerate(case.numels) if numel >= PERIOD]
         self._expected: dict[tuple[str, int], list[Expected]] = {}
+        self._short_expected: dict[tuple[str, int], Expected] = {}
 
     def period(self, rank: int, index: int) -> torch.Tensor:
         """The first min(numel, PERIOD) elements of a rank's tensor number `index`."""
@@ -143,28 +146,36 @@ class Contents:
 
     def fill(self, tensors: Sequence[torch.Tensor]) -> None:
         """Writes this rank's elements into flat tensors."""
-        short = [i for i, period in enumerate(self._mine) if period.numel() < PERIOD]
-        if short:
-            torch._foreach_copy_([tensors[i] for i in short], [self._mine[i] for i in short])
-        for tensor, period in zip(tensors, self._mine, strict=True):
-            if period.numel() == PERIOD:
-                whole = tensor.numel() // PERIOD * PERIOD
-                tensor[:whole].view(-1, PERIOD).copy_(period)
-                tensor[whole:] = period[: tensor.numel() - whole]
+        if self._short:  # at once, for there may be thousands
+            torch._foreach_copy_(
+                [tensors[i] for i in self._short], [self._mine[i] for i in self._short]
+            )
+        for index in self._long:
+            tensor, period = tensors[index], self._mine[index]
+            whole = tensor.numel() // PERIOD * PERIOD
+            tensor[:whole].view(-1, PERIOD).copy_(period)
+            tensor[whole:] = period[: tensor.numel() - whole]
 
     def count_wrong(self, op: str, calls: int, tensors: Sequence[torch.Tensor]) -> int:
         """Elements that are not what `calls` calls in a row, in place, must leave on this rank."""
-        key = (op, calls)
-        if key not in self._expected:
-            self._expected[key] = [self._after(op, calls, i) for i in range(len(tensors))]
-        return sum(
-            int(differs(tensor, [expected]).sum())
-            for tensor, expected in zip(tensors, self._expected[key], strict=True)
-        )
+        expected = self._after_all(op, calls)
+        wrong = sum(int(differs(tensors[i], [expected[i]]).sum()) for i in self._long)
+        if self._short:
+            if (op, calls) not in self._short_expected:
+                self._short_expected[op, calls] = _joined([expected[i] for i in self._short])
+            joined = torch.cat([tensors[i] for i in self._short])
+            wrong += int(differs(joined, [self._short_expected[op, calls]]).sum())
+        return wrong
 
     def expected(self, op: str) -> list[list[Expected]]:
         """What one call must leave, as ``verification.count_wrong`` wants it."""
-        return [[self._after(op, 1, index)] for index in range(len(self._case.shapes))]
+        return [[expected] for expected in self._after_all(op, 1)]
+
+    def _after_all(self, op: str, calls: int) -> list[Expected]:
+        if (op, calls) not in self._expected:
+            indices = range(len(self._case.shapes))
+            self._expected[op, calls] = [self._after(op, calls, index) for index in indices]
+        return self._expected[op, calls]
 
     def _after(self, op: str, calls: int, index: int) -> Expected:
         numel = self._case.numels[index]
@@ -175,12 +186,19 @@ class Contents:
             total *= float(self._size) ** (calls - 1)
             return Expected(total.to(self._case.dtype), None, 0, numel)
         # The Adasum, and the average, of equal tensors are these tensors.
-        return reduced(op, periods, 0, numel, numel)
+        return reduced({"average": "avg"}.get(op, op), periods, 0, numel, numel)
 
     def _integers(self, rank: int, index: int, largest: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1 + index + 10_000 * (rank + 1))
         count = min(self._case.numels[index], PERIOD)
         return torch.randint(-largest, largest + 1, (count,), generator=generator)
+
+
+def _joined(parts: Sequence[Expected]) -> Expected:
+    """What tensors one after the other must be; none of them repeats."""
+    values = torch.cat([part.values for part in parts])
+    bounds = [part.bound for part in parts if part.bound is not None]
+    return Expected(values, torch.cat(bounds) if bounds else None, 0, values.numel())
 
 
 def most_calls(size: int, dtype: torch.dtype) -> int:

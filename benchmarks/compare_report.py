@@ -160,6 +160,7 @@ def _peer(name: str, prefix: str, lines: list[Line]) -> Line:
         "median_seconds": medians[best],
         "wrong": sum(line["wrong"][best] for line in jobs),
         "ratio": _compared(jobs, name, best, torch.div),
+        "medians": medians,  # of all forms
     }
     if jobs[0]["bytes"] <= _LATENCY_BYTES:
         entry["difference"] = _compared(jobs, best, name, torch.sub)  # seconds that we take more

@@ -286,6 +286,9 @@ def peer_text(entry: Row | None) -> str:
     form = entry["contender"].split()[-1]
     more = (entry.get("difference") or {}).get("all")
     text = f"{1e3 * entry['median_seconds']:.3g}, {ratio_text(entry['ratio']['all'], '')} {form}"
+    for name, seconds in entry["medians"].items():
+        if name.endswith(" packed") and name != entry["contender"]:
+            text += f"; packed {1e3 * seconds:.3g}"
     if more:
         low, value, high = (1e6 * more[key] for key in ("low", "value", "high"))
         text += f"; {value:+.1f} us [{low:+.1f}, {high:+.1f}]"
