@@ -436,19 +436,52 @@ if any(word.endswith("compare_job.py") for word in sys.orig_argv):
         return result
     hvd.allreduce_ = broken
 """
+# What compare_contenders.py calls of Horovod; it must be called between init and shutdown.
+HOROVOD = """
+import adareduce.torch as hvd
+Sum, Adasum, is_on, handles = hvd.Sum, hvd.Adasum, False, {}
+original = hvd.allreduce_async_
+def mpi_built(): return True
+def size(): return hvd.size()
+def init():
+    global is_on
+    assert not is_on, "init() twice"
+    is_on = True
+def shutdown():
+    global is_on
+    assert is_on, "shutdown() without init()"
+    is_on = False
+def allreduce_async_(tensor, name, op):
+    assert is_on, "not between init() and shutdown()"
+    return original(tensor, name=name, op=op)
+def synchronize(handle):
+    return hvd.synchronize(handle)
+"""
 
 
 @needs_mpi
-def test_one_wrong_element_on_one_rank_is_found(tmp_path: Path) -> None:
+def test_one_wrong_element_on_one_rank_is_found_and_horovod_is_compared_where_it_is(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(BREAK)
+    (tmp_path / "horovod").mkdir()
+    (tmp_path / "horovod" / "__init__.py").write_text("")
+    (tmp_path / "horovod" / "torch.py").write_text(HOROVOD)
     python = tmp_path / "python"
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec "{sys.executable}" "$@"\n')
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     environment = f"{mpirun.find_mpirun()},{python}"
-    result = compare("--sizes", "4K", "--sets", "--dtypes", "float32",
+    file = tmp_path / "rows.jsonl"
+    result = compare("--sizes", "4K", "--sets", "--dtypes", "float32", "--json", str(file),
                      "--environment", environment)  # fmt: skip
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAILED: elements were wrong:" in result.stdout
     assert "4K float32, 2 ranks, ours adasum ordinary: " in result.stdout
     assert "ours sum ordinary: " not in result.stdout
+    rows = {row["op"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert rows["adasum"]["wrong"] > 0
+    for op, row in rows.items():
+        assert row["peers"]["horovod"]["contender"] == f"horovod {op} each"
+        assert row["peers"]["horovod"]["ratio"]["all"]["value"] > 0
+        assert row["peers"]["horovod"]["wrong"] == 0
