@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Measures what docs/performance.md shows, on this machine and with this environment's MPI; adds
 # JSON lines to benchmarks/results. Takes some minutes; nothing else should run meanwhile.
-#   bash benchmarks/measure.sh [kernels] [collectives] [steps]        then: python benchmarks/tables.py
+#   bash benchmarks/measure.sh [kernels] [collectives] [steps] [peers]
+#   then: python benchmarks/tables.py
+# peers: ADAREDUCE_ENVIRONMENTS names the environments, one for each MPI; this one where it is unset.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=benchmarks/results
@@ -11,6 +13,13 @@ steps() {
   for ranks in 2 4; do
     mpirun -n $ranks python benchmarks/training_step.py --iters 40 --json $results/training_step.jsonl
   done
+}
+
+peers() {
+  local environments=()
+  for folder in ${ADAREDUCE_ENVIRONMENTS:-}; do environments+=(--environment "$folder"); done
+  python benchmarks/compare_peers.py ${environments[@]+"${environments[@]}"} \
+    --json $results/peers.jsonl
 }
 
 kernels() {
@@ -35,5 +44,5 @@ collectives() {
   done
 }
 
-if [ $# -eq 0 ]; then set -- kernels collectives steps; fi
+if [ $# -eq 0 ]; then set -- kernels collectives steps peers; fi
 for part in "$@"; do $part; done

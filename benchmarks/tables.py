@@ -109,16 +109,56 @@ def collectives(rows: list[Row]) -> str:
 
 
 def steps(rows: list[Row]) -> str:
-    """Whole training steps: medians in ms, ratios with intervals."""
-    names = list(rows[0]["median_seconds"])
-    lines = [["ranks", *(f"{name} (ms)" for name in names), *rows[0]["ratios"], "hidden",
+    """Whole training steps: medians in ms, ratios with intervals. Rows need not have the same."""
+    names = list(dict.fromkeys(name for row in rows for name in row["median_seconds"]))
+    pairs = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    lines = [["ranks", *(f"{name} (ms)" for name in names), *pairs, "hidden",
               "reduced during backward"]]  # fmt: skip
     for row in rows:
+        medians = [row["median_seconds"].get(name) for name in names]
+        hidden = row.get("hidden_interval")
         lines.append([
-            str(row["ranks"]), *(f"{1e3 * row['median_seconds'][name]:.0f}" for name in names),
-            *(ratio_text(ratio, "") for ratio in row["ratios"].values()), f"{row['hidden']:.2f}",
+            str(row["ranks"]), *("" if m is None else f"{1e3 * m:.0f}" for m in medians),
+            *(ratio_text(row["ratios"].get(name), "") for name in pairs),
+            ratio_text(hidden, "") if hidden else f"{row['hidden']:.2f}",
             f"{row['reduced_during_backward']:.2f}" if "reduced_during_backward" in row else "",
         ])  # fmt: skip
+    return markdown(lines)
+
+
+def peers(rows: list[Row]) -> str:
+    """A line for each call of ours in compare_peers.py: our time, each peer's, peer's / ours."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    lines = [["case", "tensors", "size", "ranks", "type", "call", "repeats", "near", "wrong",
+              "ours (ms)", *(f"{name} (ms), / ours" for name in names), "/ our own"]]  # fmt: skip
+    for row in rows:
+        beside = [f"{ratio_text(entry['ratio']['all'], '')} {name.removeprefix('ours ')}"
+                  for name, entry in row["own"].items()]  # fmt: skip
+        others = [*row["peers"].values(), *row["own"].values()]
+        lines.append([
+            row["case"], str(row["tensors"]), size_text(row["bytes"]), str(row["ranks"]),
+            row["dtype"], f"{row['op']} {row['form']}", str(row["repeats"]), states_text(row),
+            str(row["wrong"] + sum(entry.get("wrong", 0) for entry in others)),
+            f"{1e3 * row['median_seconds']:.3g}",
+            *(peer_text(row["peers"].get(name)) for name in names), "; ".join(beside),
+        ])  # fmt: skip
+    return markdown(lines)
+
+
+def targets(rows: list[Row]) -> str:
+    """What the ratios were to be and what they are, for near and far cores."""
+    lines = [["target", "case", "cores", "limit", "against", "found", "verdict"]]
+    for row in rows:
+        for entry in row["targets"]:
+            scale, unit = (1e6, " us") if entry["unit"] == "s" else (1, "")
+            found, side = entry["found"], "at least" if entry["is_least"] else "at most"
+            lines.append([
+                entry["target"], row["case"], entry["state"],
+                f"{side} {scale * entry['limit']:g}{unit}",
+                entry["against"] or "",
+                ratio_text(found and {k: scale * v for k, v in found.items()}, unit),
+                entry["verdict"],
+            ])  # fmt: skip
     return markdown(lines)
 
 
@@ -155,6 +195,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "collectives": collectives,
     "steps": steps,
+    "peers": peers,
+    "targets": targets,
     "gpu_kernels": gpu_kernels,
     "gpu_collectives": gpu_collectives,
 }
@@ -163,6 +205,8 @@ KEYS = {
     "kernels": ("isa", "dtype", "kernel", "bytes", "threads"),
     "collectives": ("collective", "redop", "ranks", "dtype", "tensors", "bytes", "mpi", "stats"),
     "steps": ("ranks", "commit"),
+    "peers": ("case", "ranks", "dtype", "op", "form", "mpi"),
+    "targets": ("case", "ranks", "dtype", "op", "form", "mpi"),
     "gpu_kernels": ("gpu", "kernel", "dtype", "set"),
     "gpu_collectives": (
         "gpu",
@@ -224,6 +268,31 @@ def ratio_text(ratio: Row | None, note: str) -> str:
     if ratio is None:
         return ""
     return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]{note}"
+
+
+def states_text(row: Row) -> str:
+    """The share of repeats with near cores; where it says something, with far and other ones."""
+    near, far, unsteady = (row["states"][key] for key in ("near", "far", "unsteady"))
+    text = f"{100 * near:.0f} %"
+    return text if unsteady < 0.05 else f"{text} (far {100 * far:.0f} %)"
+
+
+def peer_text(entry: Row | None) -> str:
+    """A peer's time and ratio, or why there is none; seconds more where that says more."""
+    if entry is None:
+        return ""
+    if "unavailable" in entry:
+        return str(entry["unavailable"])
+    form = entry["contender"].split()[-1]
+    more = (entry.get("difference") or {}).get("all")
+    text = f"{1e3 * entry['median_seconds']:.3g}, {ratio_text(entry['ratio']['all'], '')} {form}"
+    for name, seconds in entry["medians"].items():
+        if name.endswith(" packed") and name != entry["contender"]:
+            text += f"; packed {1e3 * seconds:.3g}"
+    if more:
+        low, value, high = (1e6 * more[key] for key in ("low", "value", "high"))
+        text += f"; {value:+.1f} us [{low:+.1f}, {high:+.1f}]"
+    return text
 
 
 def markdown(lines: list[list[str]]) -> str:

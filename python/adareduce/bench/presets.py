@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 Shapes = list[tuple[int, ...]]
 
-# BERT-large has 335 million parameters: 1.3 GB in float32, several times per rank.
 _BERT_LAYERS = 24
-_BERT_HIDDEN = 1024 // 2
-_BERT_INTERMEDIATE = 4096 // 2
-_BERT_WORDS = 30522 // 4
+_BERT_HIDDEN = 1024
+_BERT_INTERMEDIATE = 4096
+_BERT_WORDS = 30522
 _BERT_POSITIONS = 512
 
 HELP = (
@@ -40,23 +39,27 @@ def resnet50() -> Shapes:
     return [*shapes, (1000, channels), (1000,)]
 
 
-def bert_large() -> Shapes:
-    """BERT-large with its pre-training heads, scaled down: 398 tensors.
+def bert_large(width_divisor: int = 2, words_divisor: int = 4) -> Shapes:
+    """BERT-large with its pre-training heads: 398 tensors, scaled down.
 
-    Source: Devlin et al., arXiv 1810.04805: 24 layers; the width and the vocabulary are smaller.
+    With divisors of 1 it is the model itself, of 335 million parameters: 1.3 GB in float32, which
+    a rank needs several times.
+
+    Source: Devlin et al., arXiv 1810.04805: 24 layers; the width and the vocabulary are divided.
     """
-    hidden = _BERT_HIDDEN
+    hidden = _BERT_HIDDEN // width_divisor
+    intermediate, words = _BERT_INTERMEDIATE // width_divisor, _BERT_WORDS // words_divisor
     norm: Shapes = [(hidden,), (hidden,)]
     square: Shapes = [(hidden, hidden), (hidden,)]
     layer = [
         *square * 4,  # query, key, value, output
         *norm,
-        *[(_BERT_INTERMEDIATE, hidden), (_BERT_INTERMEDIATE,)],
-        *[(hidden, _BERT_INTERMEDIATE), (hidden,)],
+        *[(intermediate, hidden), (intermediate,)],
+        *[(hidden, intermediate), (hidden,)],
         *norm,
     ]
-    embeddings: Shapes = [(_BERT_WORDS, hidden), (_BERT_POSITIONS, hidden), (2, hidden), *norm]
-    word_head: Shapes = [*square, *norm, (_BERT_WORDS,)]  # its matrix is the embedding's
+    embeddings: Shapes = [(words, hidden), (_BERT_POSITIONS, hidden), (2, hidden), *norm]
+    word_head: Shapes = [*square, *norm, (words,)]  # its matrix is the embedding's
     return [*embeddings, *layer * _BERT_LAYERS, *square, *word_head, (2, hidden), (2,)]
 
 
