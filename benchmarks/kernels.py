@@ -42,6 +42,7 @@ class Kernel:
     buffers: int
     touches: int
     yardstick: str
+    entry: str = ""  # in time_kernel(), where it is not the name
 
 
 YARDSTICKS = [Kernel("read", 2, 2, ""), Kernel("memcpy", 2, 2, ""), Kernel("axpby", 2, 3, "")]
@@ -49,21 +50,25 @@ KERNELS = [
     Kernel("pair_stats", 2, 2, "read"),
     Kernel("pair_combine", 2, 3, "axpby"),
     Kernel("pack", 2, 2, "memcpy"),
+    Kernel("pack_by_streams", 2, 2, "memcpy"),
     Kernel("unpack", 2, 2, "memcpy"),
     Kernel("unpack_and_count", 2, 2, "memcpy"),
     Kernel("reduce", 3, 3, "axpby"),
     Kernel("average", 3, 3, "axpby"),
     Kernel("average_and_squares", 3, 3, "axpby"),
+    *[Kernel(f"gram_{n}", n, n, "read", "gram") for n in (2, 4, 8)],
+    *[Kernel(f"weighted_sum_{n}", n + 1, n + 1, "axpby", "weighted_sum") for n in (2, 4, 8)],
 ]
 
 
 class Arrays:
     """Arrays of one size for one thread: random numbers, valid in every type that they are."""
 
-    def __init__(self, num_bytes: int, dtype: torch.dtype) -> None:
+    def __init__(self, num_bytes: int, dtype: torch.dtype, kernels: list[Kernel]) -> None:
         self.num_bytes, self.dtype = num_bytes, dtype
         self._typed = [
-            torch.rand(num_bytes // dtype.itemsize, dtype=torch.float32).to(dtype) for _ in range(3)
+            torch.rand(num_bytes // dtype.itemsize, dtype=torch.float32).to(dtype)
+            for _ in range(max(kernel.buffers for kernel in kernels))
         ]
         self._floats = [torch.rand(num_bytes // 4) for _ in range(2)]
 
@@ -76,7 +81,7 @@ class Arrays:
         calls = max(1, _LEAST_BYTES_PER_SAMPLE // self.num_bytes)
         views = [tensor.view(torch.uint8).numpy() for tensor in tensors]
         elapsed: float = _core.testing.time_kernel(
-            kernel.name, dtype_code(dtype), tensors[0].numel(), views, calls, isa
+            kernel.entry or kernel.name, dtype_code(dtype), tensors[0].numel(), views, calls, isa
         )
         return elapsed
 
@@ -104,8 +109,9 @@ def measure(
     num_bytes: int, dtype: torch.dtype, given: argparse.Namespace
 ) -> list[dict[str, object]]:
     """One row per kernel, all in turns; with several threads, each has its own arrays."""
-    threads = [Arrays(num_bytes, dtype) for _ in range(given.threads)]
-    everything = [*YARDSTICKS, *KERNELS]
+    kernels = [kernel for kernel in KERNELS if kernel.name in given.kernels]
+    threads = [Arrays(num_bytes, dtype, kernels) for _ in range(given.threads)]
+    everything = [*YARDSTICKS, *kernels]
     seconds = {
         kernel.name: torch.zeros(given.repeats, dtype=torch.float64) for kernel in everything
     }
@@ -117,7 +123,7 @@ def measure(
                 if repeat >= 0:
                     seconds[kernel.name][repeat] = max(found)
             round_trips.append(round_trip())
-    return [row_of(kernel, num_bytes, dtype, seconds, round_trips, given) for kernel in KERNELS]
+    return [row_of(kernel, num_bytes, dtype, seconds, round_trips, given) for kernel in kernels]
 
 
 def row_of(
@@ -183,6 +189,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", choices=floats, nargs="+", default=_DTYPES,
                         help="of the elements")  # fmt: skip
     parser.add_argument("--isa", choices=isas, default=isas[-1], help=f"({isas[-1]})")
+    names = [kernel.name for kernel in KERNELS]
+    parser.add_argument("--kernels", choices=names, nargs="+", default=names, metavar="NAME",
+                        help="(all) " + ", ".join(names))  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="at the same time (1)")
     parser.add_argument("--repeats", type=int, default=15, help="of every kernel in turn (15)")
     parser.add_argument("--json", metavar="FILE", help="append one JSON line per kernel")

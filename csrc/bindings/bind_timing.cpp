@@ -10,6 +10,8 @@
 #include "base/errors.h"
 #include "bindings/bindings.h"
 #include "kernels/cpu_kernels.h"
+#include "kernels/gram.h"
+#include "kernels/peer_kernels.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -33,13 +35,15 @@ struct Buffers {
 struct Call {
   Buffers buffers;
   const KernelTable& kernels;
+  const PeerKernelTable& peer;
   const cpu::Runs& runs;
   TensorSegment segment{0, buffers.numel};
   SegmentTable segments{&segment, nullptr, 1};
   std::vector<const void*> inputs{buffers.pointers.begin(), buffers.pointers.end()};
   std::int32_t group = 0;
   std::int64_t nonfinite = 0;
-  double results[kStatsPerSegment] = {};
+  double results[gram_numel(GramTree::kMaxLeaves)] = {};
+  std::vector<double> coefficients = std::vector<double>(inputs.size(), 0.5);
 
   VectorPair pair() const {
     return {inputs[0], inputs[1], {0, buffers.numel}, buffers.dtype, &segments};
@@ -52,6 +56,17 @@ struct Call {
             buffers.numel,
             buffers.dtype,
             divisor};
+  }
+  VectorsArgs vectors(std::size_t count) const {
+    return {inputs.data(), static_cast<int>(count), buffers.numel, buffers.dtype};
+  }
+  PackArgs packing(bool streams) const {
+    return {.tensors = inputs.data(),
+            .fused = buffers.pointers[1],
+            .numel = buffers.numel,
+            .dtype = buffers.dtype,
+            .segments = &segments,
+            .streams = streams};
   }
   UnpackArgs unpacking(std::int64_t* count) const {
     return {inputs[0], &buffers.pointers[1], buffers.dtype, &segments, 1.0, count};
@@ -77,12 +92,15 @@ std::function<void(Call&)> call_of(const std::string& kernel) {
   if (kernel == "pair_combine")
     return
         [](Call& c) { c.kernels.pair_combine({c.pair(), kSomeStats, c.buffers.pointers[0]}, {}); };
-  if (kernel == "pack")
+  if (kernel == "gram")
+    return [](Call& c) { c.peer.gram({c.vectors(c.inputs.size()), c.results}); };
+  if (kernel == "weighted_sum")
     return [](Call& c) {
-      c.kernels.pack(
-          {&c.inputs[0], c.buffers.pointers[1], c.buffers.numel, c.buffers.dtype, &c.segments, 1.0},
-          {});
+      c.peer.weighted_sum(
+          {c.vectors(c.inputs.size() - 1), c.coefficients.data(), c.buffers.pointers.back()});
     };
+  if (kernel == "pack") return [](Call& c) { c.kernels.pack(c.packing(false), {}); };
+  if (kernel == "pack_by_streams") return [](Call& c) { c.kernels.pack(c.packing(true), {}); };
   if (kernel == "unpack") return [](Call& c) { c.kernels.unpack(c.unpacking(nullptr), {}); };
   if (kernel == "unpack_and_count")
     return [](Call& c) { c.kernels.unpack(c.unpacking(&c.nonfinite), {}); };
@@ -104,8 +122,8 @@ double time_kernel(const std::string& kernel, int dtype, std::int64_t numel,
                    const std::vector<py::buffer>& buffers, int calls, const std::string& isa) {
   const KernelTable* kernels = cpu_kernels_for(isa);
   const cpu::Runs* runs = cpu::runs_for(isa);
-  if (kernels == nullptr || buffers.size() < 2)
-    throw UsageError("time_kernel: isa must be one that this CPU has, with 2 or 3 buffers");
+  if (kernels == nullptr || buffers.size() < 2 || buffers.size() > GramTree::kMaxLeaves)
+    throw UsageError("time_kernel: isa must be one that this CPU has, with 2 ... 16 buffers");
   std::vector<void*> pointers;
   for (const py::buffer& buffer : buffers) {
     const py::buffer_info info = buffer.request(true);
@@ -113,8 +131,10 @@ double time_kernel(const std::string& kernel, int dtype, std::int64_t numel,
       throw UsageError("time_kernel: buffers must have numel elements");
     pointers.push_back(info.ptr);
   }
-  Call call{
-      .buffers = {pointers, numel, static_cast<DType>(dtype)}, .kernels = *kernels, .runs = *runs};
+  Call call{.buffers = {pointers, numel, static_cast<DType>(dtype)},
+            .kernels = *kernels,
+            .peer = *cpu_peer_kernels_for(isa),
+            .runs = *runs};
   const std::function<void(Call&)> run = call_of(kernel);
   const py::gil_scoped_release release;
   const auto begin = std::chrono::steady_clock::now();

@@ -1,4 +1,4 @@
-// Segments of the pair kernels; arithmetic and numerics stand in cpu_runs_body.h.
+// Segments of the pair kernels; arithmetic and numerics stand in cpu_runs_adasum.h.
 #include "kernels/coefficients.h"
 #include "kernels/cpu_kernels.h"
 

@@ -144,8 +144,8 @@ void gram_of_many(const void* const* inputs, int num_inputs, std::int64_t numel,
   GramBlock<E> block;
   block.element_bytes = static_cast<int>(sizeof(T));
   for (int i = 0; i < num_inputs; ++i)
-    __builtin_memset(block.sums[i], 0,
-                     static_cast<std::size_t>(num_inputs) * sizeof block.sums[i][0]);
+    __builtin_memset(block.sums[i][i], 0,
+                     static_cast<std::size_t>(num_inputs - i) * sizeof block.sums[i][i]);
   for (std::int64_t done = 0; done < numel; done += most) {
     const std::int64_t count = numel - done < most ? numel - done : most;
     for (int k = 0; k < num_inputs; ++k) {

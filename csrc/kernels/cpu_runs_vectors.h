@@ -1,5 +1,5 @@
 // Registers of the instruction set that this file is compiled for: a vector of kWidth doubles, and
-// how elements of every type get there and back. Included by cpu_runs_body.h only; everything is
+// how elements of every type get there and back. Included by cpu_runs_*.h only; everything is
 // local to one object file, see cpu_runs.h.
 #include <type_traits>
 
