@@ -141,6 +141,12 @@ void bind_engine(py::module_& module) {
           },
           py::arg("process_set"))
       .def(
+          "empty_shared",
+          [](EngineHolder& self, int process_set, std::int64_t bytes) {
+            return self.get().empty_shared(process_set, bytes, throw_if_interrupted);
+          },
+          py::kw_only(), py::arg("process_set"), py::arg("bytes"), NoGil())
+      .def(
           "reject",
           [](EngineHolder& self, int process_set, bool is_barrier, const std::string& reason) {
             self.get().reject(process_set, is_barrier, reason);

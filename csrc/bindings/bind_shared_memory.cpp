@@ -141,7 +141,13 @@ void bind_epochs(py::module_& module) {
 }
 
 void bind_regions(py::module_& module) {
-  py::class_<SharedRegion, std::shared_ptr<SharedRegion>>(module, "SharedRegion")
+  // Its memory goes when the last array or tensor that looks at it has gone.
+  py::class_<SharedRegion, std::shared_ptr<SharedRegion>>(module, "SharedRegion",
+                                                          py::buffer_protocol())
+      .def_buffer([](SharedRegion& region) {
+        return py::buffer_info(reinterpret_cast<std::uint8_t*>(region.data()),
+                               static_cast<py::ssize_t>(region.bytes()));
+      })
       .def_property_readonly("id", &SharedRegion::id)
       .def_property_readonly("bytes", &SharedRegion::bytes)
       .def_property_readonly("address", [](const SharedRegion& region) {

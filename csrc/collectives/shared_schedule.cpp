@@ -120,7 +120,7 @@ class Builder {
       const auto can_go = [&](std::size_t w) {
         if (before[w] == count) return false;
         const SharedChunk& chunk = chunks()[static_cast<std::size_t>(before[w])];
-        const bool awaits_gram = works[w] == SharedSchedule::combine && w > 0;
+        const bool awaits_gram = works[w] == SharedSchedule::combine && w > 0 && chunk.combines;
         if (w > 0 && before[w - 1] <= (awaits_gram ? std::max(chunk.ready, before[w]) : before[w]))
           return false;
         if (works[w] == SharedSchedule::gram) return before.back() > chunk.gram_after;

@@ -96,6 +96,19 @@ Engine::SharedFacts Engine::shared_facts(int process_set) {
   return facts;
 }
 
+std::shared_ptr<SharedRegion> Engine::empty_shared(int process_set, std::int64_t bytes,
+                                                   const DeviceCalls::Poll& poll) {
+  if (bytes < 0) throw UsageError(concat("empty_shared: bytes must not be negative, got ", bytes));
+  Request request;
+  request.collective = Collective::empty_shared;
+  request.bytes = bytes;
+  const auto set = find(process_set);
+  const auto agreement = submit(process_set, std::move(request));
+  while (!agreement->wait_for(Seconds{0.2})) poll();
+  agreement->rethrow();
+  return set->shared() == nullptr ? nullptr : set->share(bytes);
+}
+
 int Engine::add_process_set(const std::vector<Rank>& ranks) {
   if (ranks.empty() || !std::is_sorted(ranks.begin(), ranks.end()) ||
       std::adjacent_find(ranks.begin(), ranks.end()) != ranks.end() || ranks.front() < 0 ||

@@ -47,10 +47,11 @@ class Engine {
     std::vector<SharedTuning::Row> choices;
   };
   SharedFacts shared_facts(int process_set);
-  /// Memory of `bytes` of every rank of the set, which all of them map. Collective over the set,
-  /// and nothing else may be; blocks. Null where they do not share memory. Throws SharedMemoryError
-  /// on all ranks where there is not enough.
-  std::shared_ptr<SharedWindows> allocate_shared(int process_set, std::int64_t bytes);
+  /// Memory of `bytes` of every rank of the set, which all of them map. Collective; blocks. Null on
+  /// all ranks where they share no memory. Throws SharedMemoryError on all ranks where there is not
+  /// enough, and what submit() and its handle throw.
+  std::shared_ptr<SharedRegion> empty_shared(int process_set, std::int64_t bytes,
+                                             const DeviceCalls::Poll& poll);
 
   /// Lets process sets work on CUDA tensors, with this adareduce_cuda_path. Once per engine; local.
   /// The plugin outlives the engine. Throws UsageError for one of another version.

@@ -199,6 +199,7 @@ Task execute(Context context, const Request& request, const Plan& plan, Workspac
     case Collective::barrier:
     case Collective::add_process_set:
     case Collective::cuda_path:
+    case Collective::empty_shared:
       break;
   }
   return nothing();

@@ -12,11 +12,15 @@ namespace {
 
 // Control transport. Two tags per channel, one for presence.
 constexpr int kPresenceTag = 10;
+constexpr int kShareTag = 8;
 constexpr int tag_of(int channel, int offset) { return 20 + 2 * channel + offset; }
 
 // What moves no tensors overtakes what does.
 int channel_of(Collective collective) {
-  return collective == Collective::barrier || collective == Collective::add_process_set ? 1 : 0;
+  return collective == Collective::barrier || collective == Collective::add_process_set ||
+                 collective == Collective::empty_shared
+             ? 1
+             : 0;
 }
 
 // Why a mistake that is harmless on the CPU is not.
@@ -157,6 +161,15 @@ void ProcessSet::drive(const Handle& handle) {
     if (now - last_move > kLongestDrive) return;
     if (!has_slept()) sched_yield();
   }
+}
+
+std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
+  // Peers have agreed to come; one that dies on the way breaks the set.
+  const GatherStrings gather = [&](const std::string& mine) {
+    return gather_strings(*transports_.control, kShareTag, mine, settings_.fail_after,
+                          [&] { return is_broken(); });
+  };
+  return shared_->regions()->add(SharedWindows::make(rank(), size(), bytes, gather));
 }
 
 // ---- the driver ---------------------------------------------------------------------------------

@@ -52,6 +52,11 @@ class ProcessSet {
   /// does it or nothing has moved for a while.
   void drive(const Handle& handle);
 
+  /// Memory of `bytes` of every rank, which all of them map. Collective, after an agreement that
+  /// all ranks call it; blocks. Only with shared(). Throws SharedMemoryError on all ranks where
+  /// there is not enough, TransportError where a rank is lost.
+  std::shared_ptr<SharedRegion> share(std::int64_t bytes);
+
   /// As break_down on all ranks, soon: wake the worker. Nothing can be submitted from now on.
   void fail(const std::string& text);
   /// What the callers of CUDA requests share with the worker.

@@ -13,13 +13,14 @@ namespace {
 constexpr std::size_t kShapesInOneLine = 4;
 
 constexpr std::array<std::string_view, kNumCollectives> kNames{
-    "allreduce",       "broadcast",     "allgather", "barrier",
-    "add_process_set", "reducescatter", "alltoall",  "cuda_path"};
+    "allreduce",     "broadcast", "allgather", "barrier",     "add_process_set",
+    "reducescatter", "alltoall",  "cuda_path", "empty_shared"};
 
 bool has_tensors(const Request& request) {
   return request.collective != Collective::barrier &&
          request.collective != Collective::add_process_set &&
-         request.collective != Collective::cuda_path;
+         request.collective != Collective::cuda_path &&
+         request.collective != Collective::empty_shared;
 }
 
 bool is_reduction(const Request& request) {
@@ -169,6 +170,8 @@ Signature signature_of(const Request& request) {
   for (const Rank rank : request.members) hasher.add(static_cast<std::uint64_t>(rank));
   if (request.device.kind == DeviceKind::cuda)
     hasher.add(static_cast<std::uint64_t>(request.wanted_path));
+  if (request.collective == Collective::empty_shared)
+    hasher.add(static_cast<std::uint64_t>(request.bytes));
   if (!has_tensors(request)) return hasher.finish();
   hasher.add(request.name).add(static_cast<std::uint64_t>(request.device.kind));
   if (is_reduction(request))
@@ -210,6 +213,7 @@ std::vector<std::pair<std::string, std::string>> fields_of(const Request& reques
   add("collective", std::string(name_of(request.collective)));
   if (request.collective == Collective::add_process_set)
     add("ranks", concat("[", join_words(request.members), "]"));
+  if (request.collective == Collective::empty_shared) add("bytes", concat(request.bytes));
   if (request.device.kind == DeviceKind::cuda)
     add("wanted CUDA path", std::string(path_name(request.wanted_path)));
   if (!has_tensors(request)) return fields;
@@ -247,6 +251,7 @@ std::string describe(const Request& request) {
   std::string text = concat(name_of(request.collective), "(");
   if (request.collective == Collective::add_process_set)
     text += concat("ranks=[", join_words(request.members), "]");
+  if (request.collective == Collective::empty_shared) text += concat(request.bytes, " bytes");
   if (!has_tensors(request)) return text + ")";
   text += concat("name='", request.name, "', dtype=", dtype_text(request.tensors));
   if (request.device.kind != DeviceKind::cpu) text += ", device=cuda";

@@ -18,9 +18,10 @@ enum class Collective : std::uint8_t {
   add_process_set = 4,  ///< only the agreement on it
   reducescatter = 5,
   alltoall = 6,
-  cuda_path = 7,  ///< only the agreement on making the CUDA side of a process set
+  cuda_path = 7,     ///< only the agreement on making the CUDA side of a process set
+  empty_shared = 8,  ///< only the agreement on making memory that the ranks share
 };
-inline constexpr int kNumCollectives = 8;
+inline constexpr int kNumCollectives = 9;
 
 std::string_view name_of(Collective collective);
 
@@ -60,6 +61,7 @@ struct Request {
   double postscale = 1.0;
   std::vector<TensorArg> tensors{};  ///< their dtypes may differ
   std::vector<Rank> members{};       ///< of add_process_set
+  std::int64_t bytes = 0;            ///< of empty_shared
   /// Of alltoall on the CPU: rows for each rank; may differ between ranks.
   std::vector<std::int64_t> splits{};
   bool has_statistics = false;  ///< of an all-reduce: they are wanted

@@ -47,7 +47,7 @@ constexpr SharedMemory::Signal signal_of(int board) {
 }  // namespace
 
 std::vector<std::string> gather_strings(Transport& transport, int tag, const std::string& mine,
-                                        Seconds timeout) {
+                                        Seconds timeout, const std::function<bool()>& must_stop) {
   const Context context{transport, cpu_kernels()};
   const auto size = static_cast<std::size_t>(transport.size());
   const auto self = static_cast<std::size_t>(transport.rank());
@@ -56,8 +56,10 @@ std::vector<std::string> gather_strings(Transport& transport, int tag, const std
                           std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);
     Backoff backoff;
     while (!task.progress()) {
-      if (std::chrono::steady_clock::now() > deadline) {
+      const bool is_stopped = must_stop();
+      if (is_stopped || std::chrono::steady_clock::now() > deadline) {
         task.leak();  // messages may still arrive
+        if (is_stopped) throw TransportError("shared memory: a rank of the node is lost");
         throw TransportError(concat("shared memory: not all ranks of the node have come within ",
                                     timeout.count(), " s"));
       }
@@ -99,7 +101,7 @@ std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const
   if (!why_not.empty()) return nullptr;
 
   const GatherStrings gather = [&](const std::string& mine) {
-    return gather_strings(control, kTag, mine, settings.fail_after);
+    return gather_strings(control, kTag, mine, settings.fail_after, [] { return false; });
   };
   // Ranks may have been given different settings.
   const std::vector<std::string> words =
@@ -199,7 +201,8 @@ std::vector<void*> SharedNode::addresses_of(const Request& request) const {
     if (bytes == 0) continue;
     const auto place = regions_->find(tensor.input, bytes);
     for (std::size_t rank = 0; rank < size; ++rank)
-      addresses[t * size + rank] = place->region->windows().of(static_cast<Rank>(rank)) + place->offset;
+      addresses[t * size + rank] =
+          place->region->windows().of(static_cast<Rank>(rank)) + place->offset;
   }
   return addresses;
 }

@@ -1,6 +1,6 @@
 #pragma once
+#include <functional>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 
@@ -62,8 +62,9 @@ class SharedNode {
 /// Whether a tensor of the request would be read after another one's result was written there.
 bool has_overlap(const Request& request);
 
-/// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`.
+/// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`, and not
+/// after `must_stop`.
 std::vector<std::string> gather_strings(Transport& transport, int tag, const std::string& mine,
-                                        Seconds timeout);
+                                        Seconds timeout, const std::function<bool()>& must_stop);
 
 }  // namespace adareduce

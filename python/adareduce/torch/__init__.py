@@ -71,6 +71,7 @@ from adareduce.torch.reducescatter import (
     reducescatter_async,
 )
 from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup, tabulate
+from adareduce.torch.shared_tensors import empty_shared
 from adareduce.torch.statistics import (
     ReductionStats,
     grouped_allreduce_with_stats,
@@ -137,6 +138,7 @@ __all__ = [
     "cuda_built",
     "cuda_path",
     "ddl_built",
+    "empty_shared",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",

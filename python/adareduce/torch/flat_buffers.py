@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from adareduce.runtime import ProcessSet
+from adareduce.torch import streams
+from adareduce.torch.shared_tensors import empty_shared
 
 # In elements; as kShardAlignment in csrc/collectives/shards.h.
 ALIGNMENT = 16
@@ -18,7 +20,9 @@ def allocate(
     device: torch.device,
     process_set: ProcessSet,
 ) -> torch.Tensor:
-    """A flat buffer of zeros. All ranks of the set call this at the same point of their program."""
+    """A flat buffer of zeros, shared between the ranks of a node. Collective."""
+    if device.type == "cpu" and streams.device_of(torch.empty(0, device=device)) is None:
+        return empty_shared(numel, dtype=dtype, process_set=process_set)
     return torch.zeros(numel, dtype=dtype, device=device)
 
 

@@ -1,0 +1,65 @@
+"""Tensors in memory that the ranks of a node share, which are reduced without being copied."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from adareduce.runtime import (
+    ProcessSet,
+    current_job,
+    global_process_set,
+    rejected_on_all_ranks,
+)
+from adareduce.torch.tensors import dtype_code
+
+
+def empty_shared(
+    *size: int | Sequence[int],
+    dtype: torch.dtype | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> torch.Tensor:
+    """A CPU tensor that every rank of the process set can address. Collective; blocks.
+
+    An all-reduce in place whose tensors all lie in such memory, at the same places on every rank,
+    with ``prescale_factor`` 1, packs and unpacks nothing. The tensor may outlive ``shutdown()``.
+    Where the ranks share no memory (several nodes, ADAREDUCE_SHARED_MEMORY=off) it is an ordinary
+    tensor.
+
+    Args:
+        size: Shape, as of ``torch.empty``; the same bytes on all ranks.
+        dtype: torch's default dtype if not given.
+        process_set: The ranks that share it.
+
+    Returns:
+        A contiguous tensor of zeros.
+
+    Raises:
+        ValueError: A negative extent.
+        HorovodInternalError: The ranks disagree, one is lost, or there is not enough memory.
+    """
+    with rejected_on_all_ranks(process_set, is_barrier=True):
+        extents = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        shape = tuple(operator.index(extent) for extent in extents)  # type: ignore[arg-type]
+        if any(extent < 0 for extent in shape):
+            raise ValueError(f"empty_shared: size must not be negative, got {shape}")
+        chosen = torch.get_default_dtype() if dtype is None else dtype
+        dtype_code(chosen)
+    if process_set.process_set_id is None:
+        current_job()  # says that init() is missing, where it is
+        raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
+    numel = math.prod(shape)
+    # Whole lines, never nothing: an address for everybody.
+    memory = current_job().engine.empty_shared(
+        process_set=process_set.process_set_id, bytes=max(numel * chosen.itemsize, 64)
+    )
+    if memory is None:
+        return torch.zeros(shape, dtype=chosen)
+    return (
+        torch.frombuffer(memory, dtype=torch.uint8)[: numel * chosen.itemsize]
+        .view(chosen)
+        .view(shape)
+    )
