@@ -63,6 +63,24 @@ std::shared_ptr<Handle> submit(EngineHolder& self, int process_set, int collecti
   return engine.submit(process_set, std::move(request), true);
 }
 
+// An all-reduce of one contiguous tensor without a name, factors or statistics. None: it has ended.
+std::shared_ptr<Handle> allreduce_at_once(EngineHolder& self, int process_set, int op,
+                                          const py::tuple& shape, int dtype, std::uintptr_t input,
+                                          std::uintptr_t output) {
+  thread_local Request request{.collective = Collective::allreduce, .tensors = {TensorArg{}}};
+  TensorArg& tensor = request.tensors.front();
+  request.op = static_cast<ReduceOp>(op);
+  tensor.shape.clear();
+  for (const py::handle& extent : shape) tensor.shape.push_back(PyLong_AsLongLong(extent.ptr()));
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  tensor.dtype = static_cast<DType>(dtype);
+  tensor.input = reinterpret_cast<const void*>(input);
+  tensor.output = reinterpret_cast<void*>(output);
+  Engine& engine = self.get();
+  const py::gil_scoped_release no_gil;
+  return engine.run_at_once(process_set, request);
+}
+
 #define ADAREDUCE_SUBMIT_ARGUMENTS                                                              \
   py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"), py::arg("op"), \
       py::arg("root"), py::arg("prescale"), py::arg("postscale"), py::arg("tensors"),           \
@@ -127,6 +145,8 @@ void bind_engine(py::module_& module) {
                   py::arg("settings"))
       .def("submit", &submit<false>, ADAREDUCE_SUBMIT_ARGUMENTS)
       .def("run", &submit<true>, ADAREDUCE_SUBMIT_ARGUMENTS)
+      .def("allreduce_at_once", &allreduce_at_once, py::arg("process_set"), py::arg("op"),
+           py::arg("shape"), py::arg("dtype"), py::arg("input"), py::arg("output"))
       .def(
           "shared_memory",
           [](EngineHolder& self, int process_set) {

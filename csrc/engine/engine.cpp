@@ -162,6 +162,14 @@ std::shared_ptr<Handle> Engine::submit(int process_set, Request request, bool dr
   return handle;
 }
 
+std::shared_ptr<Handle> Engine::run_at_once(int process_set, const Request& request) {
+  const auto set = find(process_set);
+  check(request, set->size());
+  auto handle = set->run_at_once(request);
+  if (handle != nullptr && !handle->is_finished()) wakeup_.wake();
+  return handle;
+}
+
 void Engine::attach_cuda(const adareduce_cuda_plugin* plugin, int wanted_path) {
   if (plugin->version != ADAREDUCE_CUDA_PLUGIN_VERSION ||
       plugin->bytes != sizeof(adareduce_cuda_plugin))

@@ -40,6 +40,10 @@ class Engine {
   /// TransportError where the set is broken.
   std::shared_ptr<Handle> submit(int process_set, Request request, bool drives = false);
 
+  /// submit() with `drives` of an all-reduce without statistics, made for small ones. Null: it has
+  /// ended well.
+  std::shared_ptr<Handle> run_at_once(int process_set, const Request& request);
+
   /// How the ranks of a set share memory, and how data go through it; or why they do not.
   struct SharedFacts {
     bool is_used = false;

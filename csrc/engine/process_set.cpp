@@ -1,7 +1,5 @@
 #include "engine/process_set.h"
 
-#include <sched.h>
-
 #include <algorithm>
 
 #include "base/errors.h"
@@ -26,9 +24,6 @@ int channel_of(Collective collective) {
 // Why a mistake that is harmless on the CPU is not.
 constexpr std::string_view kLaunchedWords =
     " Work that was enqueued on GPUs before the ranks were compared cannot be finished.";
-// A caller that waits for its own request gives the work to the worker when nothing has moved for
-// so long: it should notice Ctrl-C.
-constexpr Seconds kLongestDrive{2e-3};
 constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
 // What a call that cannot be finished tells its caller.
@@ -64,12 +59,24 @@ ProcessSet::~ProcessSet() {
 
 // ---- any thread ---------------------------------------------------------------------------------
 
-std::shared_ptr<Handle> ProcessSet::submit(Request request) {
-  const int index = channel_of(request.collective);
-  const std::lock_guard lock(mutex_);
+// Sequence numbers are equal on all ranks, also where some have made mistakes or used names.
+void ProcessSet::name_if_nameless(Request& request, std::uint64_t sequence) {
+  if (request.name.empty())
+    request.name.append(name_of(request.collective))
+        .append(".noname.")
+        .append(std::to_string(sequence));
+}
+
+void ProcessSet::throw_if_unusable(const Request& request) const {
   if (problem_)
     throw TransportError(
         concat(describe(request), ": ", name_, " cannot be used any more: ", *problem_, kAdvice));
+}
+
+std::shared_ptr<Handle> ProcessSet::submit(Request request) {
+  const int index = channel_of(request.collective);
+  const std::lock_guard lock(mutex_);
+  throw_if_unusable(request);
   return enqueue(index, std::move(request));
 }
 
@@ -103,15 +110,10 @@ std::vector<std::shared_ptr<Handle>> ProcessSet::submit_departure(const std::str
 std::shared_ptr<Handle> ProcessSet::enqueue(int index, Request request) {
   Channel& channel = channels_[static_cast<std::size_t>(index)];
   Work work;
-  // Sequence numbers are equal on all ranks, also where some have made mistakes or used names.
-  if (request.name.empty())
-    request.name.append(name_of(request.collective))
-        .append(".noname.")
-        .append(std::to_string(channel.submitted));
   const bool is_call = (request.flags & ~kLaunched) == kNormal;
-  work.header = {.sequence = channel.submitted++,
-                 .signature = is_call ? signature_of(request) : Signature{},
-                 .flags = request.flags};
+  const Signature signature = is_call ? signature_of(request) : Signature{};
+  name_if_nameless(request, channel.submitted);
+  work.header = {.sequence = channel.submitted++, .signature = signature, .flags = request.flags};
   if (is_call) last_call_ = {index, work.header.sequence, std::nullopt};
   work.request = std::move(request);
   work.handle = std::make_shared<Handle>();
@@ -140,27 +142,6 @@ bool ProcessSet::is_busy() {
   return std::any_of(channels_.begin(), channels_.end(), [](const Channel& channel) {
     return channel.current || !channel.queue.empty();
   });
-}
-
-void ProcessSet::drive(const Handle& handle) {
-  const std::unique_lock driver(driving_, std::try_to_lock);
-  if (!driver) return;
-  set_longest_sleep(settings_.longest_sleep);
-  Clock::time_point last_move = Clock::now();
-  while (!handle.is_finished()) {
-    const Clock::time_point now = Clock::now();
-    try {
-      if (progress(now)) {
-        last_move = now;
-        continue;
-      }
-    } catch (const std::exception& error) {
-      break_down(concat(name_, ": ", error.what()));
-      return;
-    }
-    if (now - last_move > kLongestDrive) return;
-    if (!has_slept()) sched_yield();
-  }
 }
 
 std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
@@ -241,12 +222,16 @@ bool ProcessSet::start_next(Channel& channel, Clock::time_point now) {
     channel.queue.pop_front();
   }
   prepare(*channel.current);
+  start(channel, now);
+  return true;
+}
+
+void ProcessSet::start(Channel& channel, Clock::time_point now) {
   channel.is_agreed = false;
   channel.seen_exchanges = 0;
   channel.waiting_since = now;
   channel.reported = Seconds{0};
   channel.task.emplace(run(channel));
-  return true;
 }
 
 void ProcessSet::end_current(Channel& channel) {
@@ -288,8 +273,13 @@ Task ProcessSet::run(Channel& channel) {
   if (shared_ == nullptr) {
     co_await agree(*transports_.control, channel.header_tag, work.header);
   } else {
-    if (work.is_shared) shared_->post_payload(work.request, *work.plan, work.header.sequence);
-    co_await shared_->agree(static_cast<int>(&channel - channels_.data()), work.header);
+    const int board = static_cast<int>(&channel - channels_.data());
+    if (!work.is_posted) {
+      if (work.is_shared) shared_->post_payload(work.request, *work.plan, work.header.sequence);
+      shared_->post(board, work.header);
+    }
+    co_await shared_->wait_for_posts(board, work.header.sequence);
+    shared_->merge_posts(board, work.header);
   }
   if (!work.header.is_agreed()) {
     std::vector<Record> records;

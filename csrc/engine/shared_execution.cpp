@@ -258,8 +258,8 @@ Task broadcast_large(SharedNode& node, const Request& request, const Header& hea
   co_await gather_bytes(node, request, header.choice, segments, addresses);
 }
 
-Task gather_all(SharedNode& node, const Request& request, const Payloads& payloads,
-                const Header& header, Result& result) {
+Task gather_all(SharedNode& node, const Request& request, Payloads payloads, const Header& header,
+                Result& result) {
   const int size = node.memory().size();
   const std::size_t num_tensors = request.tensors.size();
   std::vector<OwnedSegment> segments;
@@ -292,41 +292,35 @@ Task gather_all(SharedNode& node, const Request& request, const Payloads& payloa
   co_await gather_bytes(node, request, header.choice, segments, addresses);
 }
 
-void finish_small(SharedNode& node, const Request& request, const Plan& plan, Workspace& workspace,
-                  const Payloads& payloads, Result& result) {
-  const KernelTable& kernels = node.context({}).kernels;
+}  // namespace
+
+void execute_small(SharedNode& node, const Request& request, const Plan& plan, Workspace& workspace,
+                   std::uint64_t sequence, Result& result) {
+  const Payloads payloads(node.memory(), sequence);
   if (request.collective == Collective::broadcast)
-    unpack(kernels, request, plan, payloads.of(request.root));
+    unpack(node.context({}).kernels, request, plan, payloads.of(request.root));
   else
     reduce_small(node, request, plan, workspace, payloads, result);
 }
 
-}  // namespace
-
 Task execute_shared(SharedNode& node, const Request& request, const Plan& plan,
                     Workspace& workspace, const Header& header, Result& result) {
-  const Payloads payloads(node.memory(), header.sequence);
+  if (plan.is_small) {
+    execute_small(node, request, plan, workspace, header.sequence, result);
+    co_return;
+  }
   switch (request.collective) {
     case Collective::allgather:
-      co_await gather_all(node, request, payloads, header, result);
+      co_await gather_all(node, request, Payloads(node.memory(), header.sequence), header, result);
       break;
     case Collective::allreduce:
-      if (!plan.is_small) {
-        co_await reduce_large(node, request, plan, header, result);
-        break;
-      }
-      [[fallthrough]];
+      co_await reduce_large(node, request, plan, header, result);
+      break;
     case Collective::reducescatter:
-      if (!plan.is_small) {
-        co_await scatter_large(node, request, plan, header);
-        break;
-      }
-      [[fallthrough]];
+      co_await scatter_large(node, request, plan, header);
+      break;
     case Collective::broadcast:
-      if (plan.is_small)
-        finish_small(node, request, plan, workspace, payloads, result);
-      else
-        co_await broadcast_large(node, request, header);
+      co_await broadcast_large(node, request, header);
       break;
     default:
       throw UsageError(concat("shared memory has no ", name_of(request.collective)));

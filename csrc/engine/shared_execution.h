@@ -9,4 +9,8 @@ namespace adareduce {
 Task execute_shared(SharedNode& node, const Request& request, const Plan& plan,
                     Workspace& workspace, const Header& header, Result& result);
 
+/// The part of it for requests whose plan is_small, after the agreement `sequence`: local.
+void execute_small(SharedNode& node, const Request& request, const Plan& plan, Workspace& workspace,
+                   std::uint64_t sequence, Result& result);
+
 }  // namespace adareduce

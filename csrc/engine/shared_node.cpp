@@ -160,16 +160,20 @@ void SharedNode::post_payload(const Request& request, const Plan& plan, std::uin
   }
 }
 
-Task SharedNode::agree(int board, Header& header) {
+void SharedNode::post(int board, const Header& header) {
   static_assert(sizeof(Header) <= SharedMemory::kHeaderBytes);
-  const std::uint64_t sequence = header.sequence;
-  std::memcpy(memory_.header(board, sequence, memory_.rank()), &header, sizeof header);
-  const auto epoch = static_cast<std::uint32_t>(sequence + 1);
-  memory_.signal(signal_of(board), epoch);
-  co_await memory_.wait(signal_of(board), epoch);
+  std::memcpy(memory_.header(board, header.sequence, memory_.rank()), &header, sizeof header);
+  memory_.signal(signal_of(board), static_cast<std::uint32_t>(header.sequence + 1));
+}
+
+SharedMemory::Wait SharedNode::wait_for_posts(int board, std::uint64_t sequence) {
+  return memory_.wait(signal_of(board), static_cast<std::uint32_t>(sequence + 1));
+}
+
+void SharedNode::merge_posts(int board, Header& header) const {
   for (Rank rank = 0; rank < memory_.size(); ++rank) {
     Header theirs;
-    std::memcpy(&theirs, memory_.header(board, sequence, rank), sizeof theirs);
+    std::memcpy(&theirs, memory_.header(board, header.sequence, rank), sizeof theirs);
     if (rank == 0) header.choice = theirs.choice;
     if (rank != memory_.rank()) merge(header, theirs);
   }

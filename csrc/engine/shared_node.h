@@ -35,10 +35,12 @@ class SharedNode {
 
   /// Whether a request goes this way: the same on all ranks that agree on it.
   bool takes(const Request& request, const Plan& plan) const;
-  /// The part of a request's data that goes with the header; before agree().
+  /// The part of a request's data that goes with the header; before post().
   void post_payload(const Request& request, const Plan& plan, std::uint64_t sequence);
-  /// As adareduce::agree, over a board.
-  Task agree(int board, Header& header);
+  /// As adareduce::agree, over a board: post, wait, merge what all have posted.
+  void post(int board, const Header& header);
+  SharedMemory::Wait wait_for_posts(int board, std::uint64_t sequence);
+  void merge_posts(int board, Header& header) const;
 
   /// A hash of where a request's tensors lie in shared memory; 0 where not all do, or where results
   /// would not go to the same places.

@@ -1,0 +1,102 @@
+// What the callers of synchronous requests do themselves.
+#include <sched.h>
+
+#include "base/errors.h"
+#include "engine/process_set.h"
+#include "engine/shared_execution.h"
+
+namespace adareduce {
+namespace {
+
+// A caller gives its work to the worker when nothing has moved for so long: it should notice
+// Ctrl-C.
+constexpr Seconds kLongestDrive{2e-3};
+
+}  // namespace
+
+void ProcessSet::drive(const Handle& handle) {
+  const std::unique_lock driver(driving_, std::try_to_lock);
+  if (!driver) return;
+  set_longest_sleep(settings_.longest_sleep);
+  Clock::time_point last_move = Clock::now();
+  while (!handle.is_finished()) {
+    const Clock::time_point now = Clock::now();
+    try {
+      if (progress(now)) {
+        last_move = now;
+        continue;
+      }
+    } catch (const std::exception& error) {
+      break_down(concat(name_, ": ", error.what()));
+      return;
+    }
+    if (now - last_move > kLongestDrive) return;
+    if (!has_slept()) sched_yield();
+  }
+}
+
+std::shared_ptr<Handle> ProcessSet::run_at_once(const Request& request) {
+  const auto slowly = [&] {
+    auto handle = submit(request);
+    drive(*handle);
+    return handle;
+  };
+  if (shared_ == nullptr || has_failure_.load(std::memory_order_acquire)) return slowly();
+  std::unique_lock driver(driving_, std::try_to_lock);
+  if (!driver) return slowly();
+  Channel& channel = channels_[kRequests];
+  const std::shared_ptr<const Plan> plan = plans_.get(request);
+  bool is_idle = false;
+  Header header;
+  if (plan->is_small && shared_->takes(request, *plan)) {
+    workspace_.reserve(*plan);  // not much
+    const std::lock_guard lock(mutex_);
+    throw_if_unusable(request);
+    is_idle = channel.queue.empty() && !channel.current;
+    if (is_idle) {
+      header = {.sequence = channel.submitted++, .signature = signature_of(request)};
+      last_call_ = {kRequests, header.sequence, std::nullopt};
+    }
+  }
+  if (!is_idle) {
+    driver.unlock();
+    return slowly();
+  }
+  shared_->post_payload(request, *plan, header.sequence);
+  shared_->post(kRequests, header);
+  auto posts = shared_->wait_for_posts(kRequests, header.sequence);
+  bool have_all_come = posts.is_soon();
+  if (!have_all_come) {
+    set_longest_sleep(settings_.longest_sleep);
+    const Clock::time_point begin = Clock::now();
+    while (!have_all_come && Clock::now() - begin < kLongestDrive) have_all_come = posts.test();
+    has_slept();
+  }
+  Header merged = header;
+  if (have_all_come) shared_->merge_posts(kRequests, merged);
+  if (have_all_come && merged.is_agreed()) {
+    Result result;
+    execute_small(*shared_, request, *plan, workspace_, header.sequence, result);
+    if (!channel.ended) channel.ended.emplace();
+    channel.ended->request = request;  // for peers that ask for the last call
+    channel.ended->header = header;
+    return nullptr;
+  }
+  // Somebody is late, or wants something else: from here on like any other request.
+  Work work{.request = request,
+            .handle = std::make_shared<Handle>(),
+            .plan = plan,
+            .header = header,
+            .is_shared = true,
+            .is_posted = true};
+  name_if_nameless(work.request, header.sequence);
+  const std::shared_ptr<Handle> handle = work.handle;
+  {
+    const std::lock_guard lock(mutex_);
+    channel.current = std::move(work);
+  }
+  start(channel, Clock::now());
+  return handle;
+}
+
+}  // namespace adareduce
