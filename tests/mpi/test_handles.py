@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from inputs import assert_equal, assert_library_works, integers, of_all_ranks, total
 
 import adareduce.torch as hvd
+from adareduce.torch import handles as handles_module
 
 
 @pytest.mark.openmpi_round
@@ -83,6 +86,81 @@ def test_temporary_tensors_live_until_their_call_has_ended(rank, size, ranks):
     for i, handle in enumerate(handles):
         assert_equal(hvd.synchronize(handle), torch.full((5000,), (i + 1.0) * size))
     del clutter
+
+
+def test_tensors_are_let_go_when_their_call_was_synchronised():
+    def released(call):
+        tensor = torch.ones(5)
+        alive = weakref.ref(tensor)
+        result = call(tensor)
+        del tensor, result
+        gc.collect()
+        return alive() is None
+
+    before = set(handles_module._in_flight)  # of other tests that dropped handles
+    assert released(lambda tensor: hvd.allreduce_(tensor))
+    assert released(lambda tensor: hvd.grouped_allreduce_([tensor, torch.ones(2)]))
+    assert released(lambda tensor: hvd.broadcast_(tensor, 0))
+    assert released(lambda tensor: hvd.synchronize(hvd.allreduce_async_(tensor)))
+    assert set(handles_module._in_flight) <= before
+
+
+def test_tensors_of_dropped_handles_do_not_pile_up():
+    # At most twice as many as at the last look, when two calls were running, and a few.
+    most = 2 * 2 + handles_module._FEWEST_TO_LOOK_FOR
+    handles_module._in_flight.clear()  # of other tests; all of them have ended
+    handles_module._most_in_flight = most
+    alive = []
+    for _ in range(40):
+        tensor = torch.ones(1000)
+        alive.append(weakref.ref(tensor))
+        hvd.allreduce_async_(tensor, op=hvd.Sum)
+        del tensor
+        assert_library_works()  # behind it: it has ended
+        assert sum(reference() is not None for reference in alive) <= most
+
+
+def test_calls_that_wait_tell_the_engine_so(rank, size, monkeypatch):
+    # Where the engine can work on the caller's thread, it is to do it for these and no others.
+    waiting = []
+
+    def run(engine, **arguments):
+        waiting.append(arguments["collective"].name)
+        return engine.submit(**arguments)
+
+    monkeypatch.setattr(handles_module, "_run", run)
+    calls = {
+        "allreduce": lambda: hvd.allreduce_(torch.ones(3), op=hvd.Sum).tolist() == [size] * 3,
+        "allreduce into new ones": lambda: hvd.allreduce(torch.ones(2)).tolist() == [1] * 2,
+        "allreduce of several": lambda: len(hvd.grouped_allreduce_([torch.ones(3)] * 2)) == 2,
+        "allreduce with statistics": lambda: hvd.grouped_allreduce_with_stats_([torch.ones(3)])[1]
+        .nonfinite.tolist() == [0],
+        "broadcast": lambda: hvd.broadcast_(torch.tensor([rank]), 0).tolist() == [0],
+        "allgather": lambda: hvd.allgather(torch.ones(2)).tolist() == [1] * (2 * size),
+        "reducescatter": lambda: hvd.reducescatter(torch.ones(size), op=hvd.Sum).tolist() == [size],
+        "alltoall": lambda: hvd.alltoall(torch.ones(size)).tolist() == [1] * size,
+        "barrier": lambda: hvd.barrier() is None,
+    }  # fmt: skip
+    for name, call in calls.items():
+        waiting.clear()
+        assert call(), name
+        assert waiting == [name.split()[0]]
+    waiting.clear()
+    assert_equal(hvd.synchronize(hvd.allreduce_async(torch.ones(3))), torch.ones(3))
+    assert waiting == []
+
+
+def test_a_call_that_fails_while_it_waits_gives_back_its_name_and_its_tensors(rank, size):
+    before = set(handles_module._in_flight)
+    for _ in range(3):
+        tensor = torch.ones(2 + rank)  # of another shape on each rank
+        if size > 1:
+            with pytest.raises(hvd.HorovodInternalError, match="shape"):
+                hvd.allreduce_(tensor, name="x")
+        else:
+            hvd.allreduce_(tensor, name="x")
+    assert set(handles_module._in_flight) <= before
+    assert_library_works()
 
 
 def test_a_handle_that_is_dropped_harms_nobody(rank, size):

@@ -306,9 +306,7 @@ def start_allreduce(
         dtypes, _ = known
         check_op(function, chosen_op, dtypes)
         check_scales(function, dtypes, prescale_factor, postscale_factor)
-        inputs = tensors
-        if not in_place:
-            inputs, known = [tensor.detach().contiguous() for tensor in tensors], (dtypes, True)
+        inputs = tensors if in_place else [tensor.detach().contiguous() for tensor in tensors]
         final_outputs = (
             [torch.empty_like(tensor) for tensor in inputs] if outputs is None else outputs
         )
@@ -323,7 +321,7 @@ def start_allreduce(
             prescale_factor=float(prescale_factor),
             postscale_factor=float(postscale_factor),
             blocking=blocking,
-            known=known,
+            known=known if in_place else None,
             **options,
         )
     except HorovodInternalError:

@@ -15,9 +15,9 @@ import torch
 from adareduce.ops import ReduceOp
 from adareduce.torch import streams
 
-# Of tensors that were checked: the dtypes, each once, in their order; and whether it is known that
-# all are contiguous.
-Known = tuple[Collection[torch.dtype], bool]
+# Of tensors that were checked: the dtypes, each once, in their order; and the addresses, where all
+# are known to be contiguous.
+Known = tuple[Collection[torch.dtype], list[int] | None]
 
 _DTYPE_CODES = {
     torch.uint8: 0,
@@ -82,26 +82,9 @@ def check_tensors(
         ValueError: A tensor is sparse, on another device than the others or on one that is neither
             the CPU nor a GPU, or not contiguous where that is needed.
     """
-    if len(tensors) == 1:
-        (tensor,) = tensors
-        if (
-            type(tensor) in _PLAIN_TYPES
-            and streams.are_on_cpu(tensors)
-            and tensor.layout is torch.strided
-            and tensor.dtype in _DTYPE_CODES
-            and (not in_place or tensor.is_contiguous())
-        ):
-            return (tensor.dtype,), in_place
-    elif _PLAIN_TYPES.issuperset(map(type, tensors)):
-        dtypes = dict.fromkeys(map(_DTYPE, tensors))
-        if (
-            streams.are_on_cpu(tensors)
-            and _STRIDED.issuperset(map(_LAYOUT, tensors))
-            and dtypes.keys() <= _DTYPE_CODES.keys()
-            and (not in_place or all(map(_IS_CONTIGUOUS, tensors)))
-        ):
-            return dtypes, in_place
-    # Not everything is as usual: they are looked at one by one.
+    known = _glance(tensors, in_place)
+    if known is not None:
+        return known
     count = len(tensors)
     for index, tensor in enumerate(tensors):
         which = "tensor" if count == 1 else f"tensor {index} of {count}"
@@ -133,7 +116,35 @@ def check_tensors(
                 f"{function}: {which} must be dense (contiguous, channels_last and the like), got"
                 f" strides {tuple(tensor.stride())} for shape {tuple(tensor.shape)}"
             )
-    return dict.fromkeys(map(_DTYPE, tensors)), False
+    return dict.fromkeys(map(_DTYPE, tensors)), None
+
+
+def _glance(tensors: Sequence[torch.Tensor], in_place: bool) -> Known | None:
+    """What is known where everything is as usual; None: they must be looked at one by one."""
+    try:
+        if len(tensors) == 1:
+            (tensor,) = tensors
+            if type(tensor) not in _PLAIN_TYPES or not streams.are_on_cpu(tensors):
+                return None
+            dtype = tensor.dtype
+            is_usual = tensor.is_contiguous() if in_place else tensor.layout is torch.strided
+            if not is_usual or dtype not in _DTYPE_CODES:
+                return None
+            return (dtype,), [tensor.data_ptr()] if in_place else None
+        if not _PLAIN_TYPES.issuperset(map(type, tensors)) or not streams.are_on_cpu(tensors):
+            return None
+        dtypes = dict.fromkeys(map(_DTYPE, tensors))
+        is_usual = (
+            all(map(_IS_CONTIGUOUS, tensors))
+            if in_place
+            else _STRIDED.issuperset(map(_LAYOUT, tensors))
+        )
+        if not is_usual or not dtypes.keys() <= _DTYPE_CODES.keys():
+            return None
+        return dtypes, list(map(_ADDRESS, tensors)) if in_place else None
+    except RuntimeError:
+        # Sparse tensors are not contiguous or raise when asked; others have no address and raise.
+        return None
 
 
 def check_op(function: str, op: ReduceOp, dtypes: Iterable[torch.dtype]) -> None:
@@ -194,19 +205,19 @@ def describe_tensors(
 
     ``known`` is about ``inputs``; what it says is not asked again.
     """
-    dtypes, are_contiguous = ((), False) if known is None else known
-    if len(inputs) == 1 and groups is None:
-        (tensor,), (output,) = inputs, outputs
-        written_to = 0 if output is None else output.data_ptr()
-        strides_of_it = () if are_contiguous else _strides_for_engine(tensor)
-        code = _DTYPE_CODES[tensor.dtype]
-        return [(tensor.shape, code, tensor.data_ptr(), written_to, strides_of_it, 0)]
-    count = len(inputs)
-    written = read = list(map(_ADDRESS, inputs))
+    dtypes, addresses = ((), None) if known is None else known
+    read = list(map(_ADDRESS, inputs)) if addresses is None else addresses
+    written = read
     if outputs is not inputs:
         written = [0 if output is None else output.data_ptr() for output in outputs]
+    if len(inputs) == 1 and groups is None:
+        (tensor,) = inputs
+        strides_of_it = () if addresses is not None else _strides_for_engine(tensor)
+        code = _DTYPE_CODES[tensor.dtype]
+        return [(tensor.shape, code, read[0], written[0], strides_of_it, 0)]
+    count = len(inputs)
     strides: Iterable[tuple[int, ...]] = itertools.repeat((), count)
-    if not are_contiguous and not all(map(_IS_CONTIGUOUS, inputs)):
+    if addresses is None and not all(map(_IS_CONTIGUOUS, inputs)):
         strides = map(_strides_for_engine, inputs)
     codes: Iterable[int] = map(_DTYPE_CODES.__getitem__, map(_DTYPE, inputs))
     if len(dtypes) == 1:
