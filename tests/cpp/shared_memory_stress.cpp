@@ -24,30 +24,32 @@ struct Member {
   Random random;
 };
 
-void run_members(const char* scenario, int size, int seed,
-                 const std::function<void(Member&)>& body) {
-  const auto world = std::make_shared<ThreadWorld>(size);
-  std::mutex mutex;
-  std::string errors;
+// Ends the program at once: the other threads may wait for the one that has failed.
+void run_threads(const std::string& scenario, int count, const std::function<void(int)>& body) {
   std::vector<std::thread> threads;
-  for (Rank rank = 0; rank < size; ++rank)
-    threads.emplace_back([&, rank] {
+  for (int index = 0; index < count; ++index)
+    threads.emplace_back([&, index] {
       try {
-        ThreadBootstrap bootstrap(world, rank);
-        Member member{
-            rank, size,
-            [&](const std::string& mine) { return bootstrap.allgather(mine, kHangLimit); },
-            random_of({seed, size, rank})};
-        body(member);
+        body(index);
       } catch (const std::exception& error) {
-        const std::lock_guard lock(mutex);
-        errors += concat("rank ", rank, ": ", error.what(), "\n");
+        std::fprintf(stderr, "shared_memory_stress: %s, thread %d: %s\n", scenario.c_str(), index,
+                     error.what());
+        std::_Exit(1);
       }
     });
   for (std::thread& thread : threads) thread.join();
-  if (errors.empty()) return;
-  std::fprintf(stderr, "%s with %d ranks, seed %d:\n%s", scenario, size, seed, errors.c_str());
-  std::exit(1);
+}
+
+void run_members(const char* scenario, int size, int seed,
+                 const std::function<void(Member&)>& body) {
+  const auto world = std::make_shared<ThreadWorld>(size);
+  run_threads(concat(scenario, " with ", size, " ranks, seed ", seed), size, [&](Rank rank) {
+    ThreadBootstrap bootstrap(world, rank);
+    Member member{rank, size,
+                  [&](const std::string& mine) { return bootstrap.allgather(mine, kHangLimit); },
+                  random_of({seed, size, rank})};
+    body(member);
+  });
 }
 
 Patience some_patience(Random& random) {
@@ -72,7 +74,8 @@ std::shared_ptr<SharedWindows> make_windows(const Member& member, std::int64_t b
 
 // --- data in slots: written, read by all, written again
 
-constexpr int kSlots = 3;
+constexpr std::uint32_t kSlots = 3;
+constexpr std::uint32_t kChunks = 100;
 constexpr std::int64_t kSlotNumel = 500;
 constexpr std::int64_t kSlotsAt = 2 * sizeof(Epoch);
 constexpr std::int64_t kSlotWindow = kSlotsAt + kSlots * kSlotNumel * 8;
@@ -88,7 +91,7 @@ double number(Rank rank, std::uint32_t chunk, std::int64_t element) {
 
 // Epoch 0: chunks that this rank has written; epoch 1: chunks of all ranks that it has read.
 void slots(int size, int seed) {
-  run_members("shared_memory_stress: slots", size, seed, [&](Member& member) {
+  run_members("slots", size, seed, [&](Member& member) {
     const auto windows = make_windows(member, kSlotWindow);
     std::array<std::vector<Epoch*>, 2> epochs;
     for (Rank rank = 0; rank < size; ++rank)
@@ -98,18 +101,24 @@ void slots(int size, int seed) {
     const std::uint32_t first = 0u - 30;  // soon it wraps around
     for (auto& kind : epochs) advance(*kind[self], first);
     (void)member.gather("");
-    // 2^32 is no multiple of kSlots: chunks are counted apart from their epochs.
-    for (std::uint32_t chunk = 0; chunk < 100; ++chunk) {
-      const std::uint32_t done = first + chunk + 1;
-      if (chunk >= kSlots) await_epochs(epochs[1], done - kSlots, member.random);
-      double* const mine = slot(*windows, member.rank, chunk);
-      for (std::int64_t i = 0; i < kSlotNumel; ++i) mine[i] = number(member.rank, chunk, i);
-      advance(*epochs[0][self], done);
-      await_epochs(epochs[0], done, member.random);
+    const auto epoch_of = [=](std::uint32_t chunk) { return first + chunk + 1; };
+    // A rank writes as far ahead as there are slots before it reads, so that only the second epoch
+    // keeps it from what others still read.
+    constexpr std::uint32_t kLag = kSlots - 1;
+    for (std::uint32_t step = 0; step < kChunks + kLag; ++step) {
+      if (step < kChunks) {
+        if (step >= kSlots) await_epochs(epochs[1], epoch_of(step - kSlots), member.random);
+        double* const mine = slot(*windows, member.rank, step);
+        for (std::int64_t i = 0; i < kSlotNumel; ++i) mine[i] = number(member.rank, step, i);
+        advance(*epochs[0][self], epoch_of(step));
+      }
+      if (step < kLag) continue;
+      const std::uint32_t chunk = step - kLag;
+      await_epochs(epochs[0], epoch_of(chunk), member.random);
       for (Rank rank = 0; rank < size; ++rank)
         for (std::int64_t i = 0; i < kSlotNumel; ++i)
           CHECK(slot(*windows, rank, chunk)[i] == number(rank, chunk, i));
-      advance(*epochs[1][self], done);
+      advance(*epochs[1][self], epoch_of(chunk));
     }
   });
 }
@@ -117,7 +126,7 @@ void slots(int size, int seed) {
 // --- windows that come and go, of sets that know nothing of each other
 
 void windows_come_and_go(int size, int seed) {
-  run_members("shared_memory_stress: windows", size, seed, [&](Member& member) {
+  run_members("windows", size, seed, [&](Member& member) {
     Random shared = random_of({seed});  // equal on all ranks
     std::vector<std::shared_ptr<SharedWindows>> held;
     for (int round = 0; round < 15; ++round) {
@@ -163,38 +172,25 @@ void windows_come_and_go(int size, int seed) {
 void regions(int seed) {
   SharedRegions registry;
   const GatherStrings alone = [](const std::string& mine) { return std::vector{mine}; };
-  std::mutex mutex;
-  std::string errors;
-  std::vector<std::thread> threads;
-  for (int index = 0; index < 4; ++index)
-    threads.emplace_back([&, index] {
-      try {
-        Random random = random_of({seed, index});
-        std::vector<std::shared_ptr<SharedRegion>> held;
-        for (int step = 0; step < 400; ++step) {
-          if (held.size() < 2 || below(random, 8) == 0)
-            held.push_back(registry.add(SharedWindows::make(0, 1, 100 + index, alone)));
-          const auto at = below(random, static_cast<int>(held.size()));
-          SharedRegion& region = *held[static_cast<std::size_t>(at)];
-          for (int look = 0; look < 5; ++look) {
-            const int offset = below(random, 100);
-            const auto place = registry.find(region.data() + offset, 100 + index - offset);
-            CHECK(place && place->region == &region && place->offset == offset);
-            CHECK(place->region->id() == region.id());
-            CHECK(!registry.find(region.data() + offset, 101 + index - offset));
-          }
-          CHECK(!registry.find(&random, 1));
-          if (held.size() > 5) held.erase(held.begin() + at);
-        }
-      } catch (const std::exception& error) {
-        const std::lock_guard lock(mutex);
-        errors += concat("thread ", index, ": ", error.what(), "\n");
+  run_threads(concat("regions, seed ", seed), 4, [&](int index) {
+    Random random = random_of({seed, index});
+    std::vector<std::shared_ptr<SharedRegion>> held;
+    for (int step = 0; step < 400; ++step) {
+      if (held.size() < 2 || below(random, 8) == 0)
+        held.push_back(registry.add(SharedWindows::make(0, 1, 100 + index, alone)));
+      const auto at = below(random, static_cast<int>(held.size()));
+      SharedRegion& region = *held[static_cast<std::size_t>(at)];
+      for (int look = 0; look < 5; ++look) {
+        const int offset = below(random, 100);
+        const auto place = registry.find(region.data() + offset, 100 + index - offset);
+        CHECK(place && place->region == &region && place->offset == offset);
+        CHECK(place->region->id() == region.id());
+        CHECK(!registry.find(region.data() + offset, 101 + index - offset));
       }
-    });
-  for (std::thread& thread : threads) thread.join();
-  if (errors.empty()) return;
-  std::fprintf(stderr, "shared_memory_stress: regions, seed %d:\n%s", seed, errors.c_str());
-  std::exit(1);
+      CHECK(!registry.find(&random, 1));
+      if (held.size() > 5) held.erase(held.begin() + at);
+    }
+  });
 }
 
 }  // namespace
