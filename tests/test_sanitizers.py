@@ -39,7 +39,9 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executable", ["kernels_check", "engine_stress", "device_stress"])
+@pytest.mark.parametrize(
+    "executable", ["kernels_check", "engine_stress", "device_stress", "shared_memory_stress"]
+)
 def test_sanitizers_find_nothing(build: Path, executable: str) -> None:
     status, output = cpp_build.run([build / executable], RUN_LIMIT, ENVIRONMENT)
     if "unexpected memory mapping" in output:
