@@ -92,8 +92,9 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
         with given.json.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
     if rows:
-        print(f"\n{tables.peers(rows)}\n\n{_STATE}\n")
-        print(f"{tables.targets(rows)}\n{tables.origin(rows)}")
+        print(f"\n{tables.peers(rows)}\n\n{_STATE}\n{tables.origin(rows)}")
+        if any(row["targets"] for row in rows):
+            print(tables.targets(rows))
     for line in lines:
         if line["choices"] is not None and line.get("round") == 0:
             print(f"{line['case']} {line['dtype']}, {line['ranks']} ranks,"
