@@ -91,10 +91,10 @@ def size_bytes(text: str) -> int:
 
 
 def bert_key(num_ranks: int, available_bytes: int) -> str:
-    """BERT-large with the smallest divisors whose tensors leave half of the memory free."""
+    """BERT-large with the smallest divisors with which it fits into so much memory."""
     keys = [f"bert-large/{width}/{words}" for width, words in BERT_DIVISORS]
     for key in keys:
-        if make_case(key, torch.float32).memory_bytes(num_ranks) <= available_bytes / 2:
+        if make_case(key, torch.float32).memory_bytes(num_ranks) <= available_bytes:
             return key
     return keys[-1]
 

@@ -32,6 +32,7 @@ from adareduce.bench.ranks import Ranks
 from adareduce.bench.verification import count_wrong
 
 _WARMUPS = 3
+_MOST_WARMUP_SECONDS = 2.0
 # A sample of a small case is several calls in a row. Ranks that share a core come to the start line
 # some 50 us apart, which a longer sample hides.
 _SAMPLE_SECONDS, _SHARED_CORE_SAMPLE_SECONDS = 200e-6, 2e-3
@@ -156,14 +157,13 @@ class CaseRun:
 
     def _warmed_up(self, contender: Contender, library: Library) -> Turn:
         turn = Turn(contender, library)
-        seconds = math.inf
-        for _ in range(_WARMUPS):
+        seconds: list[float] = []  # of the slowest rank, so that all ranks stop at the same time
+        while len(seconds) < _WARMUPS and sum(seconds) < _MOST_WARMUP_SECONDS:
             self._contents.fill(contender.tensors)
-            seconds = min(seconds, self._line.seconds(contender.run, 1))
+            seconds.append(max(self._ranks.gather(self._line.seconds(contender.run, 1))))
         turn.wrong += self._contents.count_wrong(contender.op, 1, contender.tensors)
-        slowest = max(self._ranks.gather(seconds))
         sample = _SHARED_CORE_SAMPLE_SECONDS if self._line.shares_cores else _SAMPLE_SECONDS
-        wanted = math.ceil(sample / slowest)
+        wanted = math.ceil(sample / min(seconds))
         turn.calls = max(1, min(wanted, most_calls(self._ranks.size, self._case.dtype)))
         return turn
 

@@ -92,8 +92,13 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
         with given.json.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
     if rows:
-        print(f"\n{tables.peers(rows)}\n\n{_STATE}\n")
-        print(f"{tables.targets(rows)}\n{tables.origin(rows)}")
+        print(f"\n{tables.peers(rows)}\n\n{_STATE}\n{tables.origin(rows)}")
+        if any(row["targets"] for row in rows):
+            print(tables.targets(rows))
+    for line in lines:
+        if line["choices"] is not None and line.get("round") == 0:
+            print(f"{line['case']} {line['dtype']}, {line['ranks']} ranks,"
+                  f" {line['versions']['mpi']}: {json.dumps(line['choices'])}")  # fmt: skip
     for failure in failures:
         print(f"FAILED: {failure}")
     if is_wrong(lines):
@@ -272,8 +277,8 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     add("--ranks", nargs="+", type=int, default=[2, 4])
     add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     add("--rounds", type=int, default=5, help="jobs of each environment and number of ranks (5)")
-    add("--repeats", type=int, default=5, help="turns of each contender in a job (5)")
-    add("--minutes", type=float, default=60, help="no case begins after so many (60)")
+    add("--repeats", type=int, default=3, help="turns of each contender in a job (3)")
+    add("--minutes", type=float, default=90, help="no case begins after so many (90)")
     add("--json", type=Path, metavar="FILE", help="append a JSON line for each row")
     add("--raw", type=Path, metavar="FILE", help="append what each job measured, call by call")
     add("--reread", type=Path, metavar="FILE", help="make the tables of a --raw file, run nothing")
@@ -289,4 +294,6 @@ def _parse(arguments: Sequence[str] | None) -> Any:
 
 
 if __name__ == "__main__":
+    # Whoever ends this process ends the job that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

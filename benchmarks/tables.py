@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 _BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Row = dict[str, Any]
+NO_RATIO = "no ratio"  # of too few repeats
 FAR_NS = 200  # as benchmarks/kernels.py
 
 
@@ -132,14 +133,16 @@ def peers(rows: list[Row]) -> str:
     lines = [["case", "tensors", "size", "ranks", "type", "call", "repeats", "near", "wrong",
               "ours (ms)", *(f"{name} (ms), / ours" for name in names), "/ our own"]]  # fmt: skip
     for row in rows:
-        beside = [f"{ratio_text(entry['ratio']['all'], '')} {name.removeprefix('ours ')}"
-                  for name, entry in row["own"].items()]  # fmt: skip
+        beside = [
+            f"{ratio_text(entry['ratio']['all'], '') or NO_RATIO} {name.removeprefix('ours ')}"
+            for name, entry in row["own"].items()
+        ]
         others = [*row["peers"].values(), *row["own"].values()]
         lines.append([
             row["case"], str(row["tensors"]), size_text(row["bytes"]), str(row["ranks"]),
             row["dtype"], f"{row['op']} {row['form']}", str(row["repeats"]), states_text(row),
             str(row["wrong"] + sum(entry.get("wrong", 0) for entry in others)),
-            f"{1e3 * row['median_seconds']:.3g}",
+            ms_text(row["median_seconds"]),
             *(peer_text(row["peers"].get(name)) for name in names), "; ".join(beside),
         ])  # fmt: skip
     return markdown(lines)
@@ -285,14 +288,20 @@ def peer_text(entry: Row | None) -> str:
         return str(entry["unavailable"])
     form = entry["contender"].split()[-1]
     more = (entry.get("difference") or {}).get("all")
-    text = f"{1e3 * entry['median_seconds']:.3g}, {ratio_text(entry['ratio']['all'], '')} {form}"
+    ratio = ratio_text(entry["ratio"]["all"], "") or NO_RATIO
+    text = f"{ms_text(entry['median_seconds'])}, {ratio} {form}"
     for name, seconds in entry["medians"].items():
         if name.endswith(" packed") and name != entry["contender"]:
-            text += f"; packed {1e3 * seconds:.3g}"
+            text += f"; packed {ms_text(seconds)}"
     if more:
         low, value, high = (1e6 * more[key] for key in ("low", "value", "high"))
         text += f"; {value:+.1f} us [{low:+.1f}, {high:+.1f}]"
     return text
+
+
+def ms_text(seconds: float) -> str:
+    """Milliseconds with three digits that mean something."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
 def markdown(lines: list[list[str]]) -> str:
