@@ -25,7 +25,8 @@ _FEWEST_TO_LOOK_FOR = 4
 _most_in_flight = _FEWEST_TO_LOOK_FOR
 
 
-def _keep_alive(request: _core.Handle, *tensors: Any) -> None:
+def keep_alive(request: _core.Handle, *tensors: Any) -> None:
+    """Holds what the engine may read or write until the request has ended."""
     global _most_in_flight
     _in_flight[request] = tensors
     if len(_in_flight) > _most_in_flight:  # some may have lost their handles
@@ -204,7 +205,7 @@ def submit(
         local_squares=local_squares,
     )
     if not blocking or not request.is_finished():
-        _keep_alive(request, inputs, outputs)
+        keep_alive(request, inputs, outputs)
     return request
 
 

@@ -33,6 +33,8 @@ _DTYPE_CODES = {
 }
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_FLOAT_CODES = {dtype: _DTYPE_CODES[dtype] for dtype in FLOAT_DTYPES}
+
 _DTYPE = operator.attrgetter("dtype")
 _LAYOUT = operator.attrgetter("layout")
 _SHAPE = operator.attrgetter("shape")
@@ -145,6 +147,19 @@ def _glance(tensors: Sequence[torch.Tensor], in_place: bool) -> Known | None:
     except RuntimeError:
         # Sparse tensors are not contiguous or raise when asked; others have no address and raise.
         return None
+
+
+def describe_plain(tensor: torch.Tensor) -> tuple[torch.Size, int, int] | None:
+    """Shape, dtype code and address of a contiguous CPU tensor of floats; None for all others."""
+    if (
+        type(tensor) not in _PLAIN_TYPES
+        or tensor.layout is not torch.strided
+        or not streams.are_on_cpu((tensor,))
+        or not tensor.is_contiguous()
+    ):
+        return None
+    code = _FLOAT_CODES.get(tensor.dtype)
+    return None if code is None else (tensor.shape, code, tensor.data_ptr())
 
 
 def check_op(function: str, op: ReduceOp, dtypes: Iterable[torch.dtype]) -> None:
