@@ -516,7 +516,7 @@ def assert_lie_in(request, *flats):
 
 
 @pytest.mark.parametrize("op", [hvd.Average, hvd.Adasum])
-@pytest.mark.parametrize("zero", ["optimizer", "model", "nothing is set to None"])
+@pytest.mark.parametrize("zero", ["optimizer", "model", "data", "nothing is set to None"])
 @pytest.mark.parametrize("threshold", ["0", "300", "100000"])
 def test_what_is_launched_lies_in_the_buffers(threshold, zero, op, launches, buffers, monkeypatch):
     monkeypatch.setenv("ADAREDUCE_FUSION_THRESHOLD", threshold)
@@ -524,8 +524,12 @@ def test_what_is_launched_lies_in_the_buffers(threshold, zero, op, launches, buf
     optimizer = distribute(model, True, op=op)
     num_requests = len(buffers)  # every request has one dtype here
     for step in range(3):
-        if zero == "model":
-            model.zero_grad()
+        if zero in ("model", "data"):
+            for p in model.parameters():
+                if zero == "data" and p.grad is not None:
+                    p.grad.data = torch.zeros_like(p)
+            if zero == "model":
+                model.zero_grad()
             if op != hvd.Adasum:
                 optimizer.reducer.reset()
         else:
@@ -555,7 +559,7 @@ def test_a_request_of_several_dtypes_has_a_buffer_for_each(launches, buffers):
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-def test_gradients_that_stay_in_the_buffers_are_not_copied(passes):
+def test_gradients_that_stay_in_the_buffers_are_not_copied(passes, buffers):
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 2))
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), backward_passes_per_step=passes,
@@ -567,6 +571,9 @@ def test_gradients_that_stay_in_the_buffers_are_not_copied(passes):
         optimizer.zero_grad(set_to_none=step == 3)
         for _ in range(passes):
             model(torch.full((3, 4), 1.0 + step)).square().mean().backward()
+            (flat,) = buffers  # from the first pass on
+            for p in model.parameters():
+                assert flat.data_ptr() <= p.grad.data_ptr() < flat.data_ptr() + flat.nbytes
         optimizer.step()
         copied.append(optimizer.reducer.num_copied)
     assert copied == [4, 4, 4, 8]
