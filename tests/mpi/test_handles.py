@@ -130,7 +130,8 @@ def test_calls_that_wait_tell_the_engine_so(rank, size, monkeypatch):
 
     monkeypatch.setattr(handles_module, "_run", run)
     calls = {
-        "allreduce": lambda: hvd.allreduce_(torch.ones(3), op=hvd.Sum).tolist() == [size] * 3,
+        "allreduce": lambda: hvd.allreduce_(torch.ones(3), name="x", op=hvd.Sum).tolist()
+        == [size] * 3,
         "allreduce into new ones": lambda: hvd.allreduce(torch.ones(2)).tolist() == [1] * 2,
         "allreduce of several": lambda: len(hvd.grouped_allreduce_([torch.ones(3)] * 2)) == 2,
         "allreduce with statistics": lambda: hvd.grouped_allreduce_with_stats_([torch.ones(3)])[1]
