@@ -17,7 +17,15 @@ import pytest
 from numpy.typing import NDArray
 
 from adareduce import _core
-from thread_ranks import HANG_LIMIT, STORAGE, Pending, ThreadRank, run_ranks, settings
+from thread_ranks import (
+    HANG_LIMIT,
+    STORAGE,
+    Pending,
+    ThreadRank,
+    over_messages,
+    run_ranks,
+    settings,
+)
 
 UNTOUCHED = 77
 
@@ -359,6 +367,7 @@ def test_all_who_reject_a_call_are_named() -> None:
     run_ranks(4, body)
 
 
+@over_messages
 def test_a_buffer_that_no_memory_holds_raises_and_harms_nothing() -> None:
     def body(rank: ThreadRank) -> None:
         address = np.ones(1, np.float32).ctypes.data  # never read: the agreement fails first

@@ -13,7 +13,7 @@ import reference
 from adareduce import _core
 from adareduce._core import testing
 from test_instruction_sets import FLOATS, INTEGERS, doubles_of, rounded, summed, values
-from thread_ranks import DTYPES, STORAGE, Job, ThreadRank, run_ranks, settings
+from thread_ranks import DTYPES, STORAGE, Job, ThreadRank, over_messages, run_ranks, settings
 
 SIZES = [1, 2, 3, 4, 5]
 SHAPES = [(), (5, 8), (0,), (33,), (7, 3), (1000,)]
@@ -219,6 +219,7 @@ def test_squares_must_fit_the_groups() -> None:
     run_ranks(2, body)
 
 
+@over_messages
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("op", ["average", "adasum"])
 def test_statistics_cost_no_message_and_no_pass(

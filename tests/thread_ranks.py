@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from adareduce import _core
@@ -49,14 +50,24 @@ DTYPES = {
 STORAGE = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in DTYPES}
 
 
-# The ranks meet in shared memory instead of exchanging messages.
+# The ranks meet in shared memory instead of exchanging messages: tests/test_shared_suite.py.
 USES_SHARED_MEMORY = os.environ.get("ADAREDUCE_TEST_SHARED_MEMORY") == "1"
+# Of tests that mean messages and what goes with them only.
+over_messages = pytest.mark.skipif(USES_SHARED_MEMORY, reason="about messages")
 
 
 def settings(
-    warn_after: float = 10.0, fail_after: float = 20.0, shared_memory: bool = USES_SHARED_MEMORY
+    warn_after: float = 10.0,
+    fail_after: float = 20.0,
+    shared_memory: bool = USES_SHARED_MEMORY,
+    shared_choice: int | None = None,
 ) -> _core.Settings:
-    return _core.Settings(warn_after=warn_after, fail_after=fail_after, shared_memory=shared_memory)
+    return _core.Settings(
+        warn_after=warn_after,
+        fail_after=fail_after,
+        shared_memory=shared_memory,
+        shared_choice=shared_choice,
+    )
 
 
 class Pending:

@@ -6,6 +6,7 @@
 #include "bindings/engine_holder.h"
 #include "bootstrap/mpi_bootstrap.h"
 #include "bootstrap/thread_bootstrap.h"
+#include "engine/shared_tuning.h"
 #include "transports/plugin_transport.h"
 #include "transports/thread_transport.h"
 
@@ -119,15 +120,21 @@ void bind_handle(py::module_& module) {
 
 void bind_engine(py::module_& module) {
   py::class_<Settings>(module, "Settings")
-      .def(py::init([](double warn_after, double fail_after, bool shared_memory) {
+      .def(py::init([](double warn_after, double fail_after, bool shared_memory,
+                       std::optional<std::uint32_t> shared_choice) {
              Settings settings;
              settings.warn_after = Seconds{warn_after};
              settings.fail_after = Seconds{fail_after};
              settings.shared_memory = shared_memory;
+             const std::size_t count = SharedTuning::choices().size();
+             if (shared_choice >= count)  // none is less than any
+               throw UsageError(concat("Settings: shared_choice must be below ", count, ", got ",
+                                       *shared_choice));
+             settings.shared_choice = shared_choice;
              return settings;
            }),
            py::kw_only(), py::arg("warn_after"), py::arg("fail_after"),
-           py::arg("shared_memory") = false);
+           py::arg("shared_memory") = false, py::arg("shared_choice") = py::none());
   py::class_<ThreadWorld, std::shared_ptr<ThreadWorld>>(module, "ThreadWorld")
       .def(py::init<int>(), py::arg("size"))
       .def("traffic", [](ThreadWorld& world) {

@@ -12,6 +12,7 @@ void bind_gain(pybind11::module_& module);
 void bind_gain_testing(pybind11::module_& module);
 void bind_cuda_gain(pybind11::module_& module);  ///< of `_cuda`
 void bind_shared_memory(pybind11::module_& module);
+void bind_shared_schedule(pybind11::module_& module);
 void bind_testing(pybind11::module_& module);
 void bind_peer_testing(pybind11::module_& module);
 void bind_timing(pybind11::module_& module);

@@ -13,4 +13,5 @@ PYBIND11_MODULE(_core, module) {
   adareduce::bind_peer_testing(testing);
   adareduce::bind_timing(testing);
   adareduce::bind_shared_memory(testing);
+  adareduce::bind_shared_schedule(testing);
 }

@@ -159,7 +159,7 @@ Task shared_adasum(SharedContext context, const SharedSchedule& schedule, Shared
     const SharedChunk& chunk = walk.chunk(index);
     switch (work) {
       case SharedSchedule::pack:
-        if (chunk.slot_after >= 0) co_await walk.wait(last, chunk.slot_after);
+        co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
         pack_chunk(walk, index, [&](const SharedPiece& piece) {
           return !walk.is_mine(piece) || tensors.prescale != 1.0;
         });

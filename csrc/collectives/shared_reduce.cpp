@@ -63,7 +63,7 @@ Task shared_reduce(SharedContext context, const SharedSchedule& schedule, Shared
     const SharedChunk& chunk = walk.chunk(index);
     switch (work) {
       case SharedSchedule::pack:
-        if (chunk.slot_after >= 0) co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
+        co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
         // What it reduces itself it reads where it is.
         pack_chunk(walk, index, [&](const SharedPiece& piece) {
           return !walk.is_mine(piece) || tensors.prescale != 1.0;
@@ -97,14 +97,14 @@ Task shared_scatter(SharedContext context, const SharedSchedule& schedule, Share
     const SharedChunk& chunk = walk.chunk(index);
     if (work == SharedSchedule::pack) {
       co_await Breath();
-      if (chunk.slot_after >= 0) co_await walk.wait(SharedMemory::kCombined, chunk.slot_after);
+      co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
       pack_chunk(walk, index, [&](const SharedPiece& piece) {
         return !walk.is_mine(piece) || tensors.prescale != 1.0;
       });
     } else {
       co_await walk.wait(SharedMemory::kPacked, index);
       combine_chunk(walk, index, reduction, {}, inputs);
-      walk.signal(SharedMemory::kCombined, index);
+      walk.signal(SharedMemory::kUnpacked, index);  // nothing is left to unpack
     }
   }
   walk.finish();
@@ -116,7 +116,7 @@ Task shared_gather(SharedContext context, const SharedSchedule& schedule, Shared
     const SharedChunk& chunk = walk.chunk(index);
     if (work == SharedSchedule::pack) {
       co_await Breath();
-      if (chunk.slot_after >= 0) co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
+      co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
       pack_chunk(walk, index, [&](const SharedPiece& piece) { return walk.is_mine(piece); });
     } else {
       co_await walk.wait(SharedMemory::kPacked, index);

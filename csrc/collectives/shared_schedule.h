@@ -20,7 +20,7 @@ struct SharedChunk {
   Range pieces;                 ///< indices into the schedule's pieces
   Range segments;               ///< Adasum: indices of the segments that it has pieces of
   std::int64_t slot_begin = 0;  ///< byte of the ring, the same on every rank
-  int slot_after = -1;          ///< the chunk that had the slot before; -1: none
+  int slot_after = -1;          ///< the chunk that had the slot before; -1: one of an earlier walk
   // Adasum. A segment too long for a chunk has several, and where they do not fit into the ring
   // together it passes twice: first for its Gram matrix, then to be combined.
   bool has_gram = true;  ///< its pieces count for Gram matrices

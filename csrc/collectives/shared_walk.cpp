@@ -20,7 +20,13 @@ SharedWalk::SharedWalk(const SharedContext& context, const SharedSchedule& sched
       sources_(static_cast<std::size_t>(context.memory.size())) {}
 
 void SharedWalk::finish() {
-  context_.memory.chunks_done = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
+  const std::uint32_t done = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
+  context_.memory.chunks_done = done;
+  // Also those works that this collective has not: the next one waits for any of them, and no
+  // counter falls behind the others by more than a comparison of epochs can bear.
+  for (const auto signal : {SharedMemory::kPacked, SharedMemory::kGram, SharedMemory::kCombined,
+                            SharedMemory::kUnpacked})
+    context_.memory.signal(signal, done);
 }
 
 char* SharedWalk::slot(const SharedChunk& chunk, const SharedPiece& piece, Rank rank) const {

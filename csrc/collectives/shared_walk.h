@@ -51,9 +51,9 @@ class SharedWalk {
 
   /// Chunks are counted over all requests, so that a counter never goes back.
   std::uint32_t epoch_of(int chunk) const { return base_ + static_cast<std::uint32_t>(chunk) + 1; }
-  /// After the last step.
+  /// After the last step: this rank will not look at any slot of this walk again.
   void finish();
-  /// Signal `signal` of all other ranks for `chunk`.
+  /// Signal `signal` of all other ranks for `chunk`; -1: for all chunks of earlier walks.
   SharedMemory::Wait wait(SharedMemory::Signal signal, int chunk) const {
     return context_.memory.wait(signal, epoch_of(chunk));
   }

@@ -26,6 +26,14 @@ constexpr std::string_view kLaunchedWords =
     " Work that was enqueued on GPUs before the ranks were compared cannot be finished.";
 constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
+// What the choice for a large request goes by. Of an allgather as many from each rank as from here.
+std::int64_t bytes_moved(const Request& request, const Plan& plan, int size) {
+  if (request.collective != Collective::allgather) return plan.fused_bytes;
+  std::int64_t bytes = 0;
+  for (const TensorArg& tensor : request.tensors) bytes += tensor.numel() * size_of(tensor.dtype);
+  return bytes * size;
+}
+
 // What a call that cannot be finished tells its caller.
 std::exception_ptr failure_of(const Request& request, const std::string& text) {
   const std::string call = describe(request);
@@ -260,7 +268,8 @@ void ProcessSet::prepare(Work& work) {
     if (has_overlap(request)) work.header.flags |= kOverlaps;
     work.header.placement = shared_->placement_of(request);
     if (rank() == 0)
-      work.header.choice = shared_->tuning().propose(request, work.plan->fused_bytes);
+      work.header.choice = settings_.shared_choice.value_or(
+          shared_->tuning().propose(request, bytes_moved(request, *work.plan, size())));
   } catch (const std::bad_alloc&) {
     work.header.flags |= kFailed;
     work.request.flags |= kFailed;
@@ -303,8 +312,8 @@ Task ProcessSet::execute_agreed(Work& work, Result& result) {
   const Clock::time_point begin = Clock::now();
   co_await execute_shared(*shared_, work.request, *work.plan, workspace_, work.header, result);
   if (rank() == 0 && !work.plan->is_small && work.header.placement == 0)
-    shared_->tuning().record(work.request, work.plan->fused_bytes, work.header.choice,
-                             Clock::now() - begin);
+    shared_->tuning().record(work.request, bytes_moved(work.request, *work.plan, size()),
+                             work.header.choice, Clock::now() - begin);
 }
 
 // The ranks do not all want the same. Throws for a rank whose caller waits for a result.

@@ -1,4 +1,7 @@
 #pragma once
+#include <cstdint>
+#include <optional>
+
 #include "bootstrap/bootstrap.h"
 
 namespace adareduce {
@@ -14,6 +17,8 @@ struct Settings {
   std::int64_t keep_buffer_bytes = std::int64_t{256} << 20;
   /// Ranks of one node meet in shared memory.
   bool shared_memory = false;
+  /// Which of SharedTuning::choices() every large request takes; none: the quickest at present.
+  std::optional<std::uint32_t> shared_choice;
   /// Requests of a process set that may be on the GPU before the other ranks' are known.
   std::size_t max_launched = 1024;
 };

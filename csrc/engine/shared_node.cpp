@@ -130,7 +130,7 @@ bool SharedNode::takes(const Request& request, const Plan& plan) const {
   const auto num_tensors = static_cast<std::int64_t>(request.tensors.size());
   switch (request.collective) {
     case Collective::allreduce:
-      if (request.op == ReduceOp::adasum) return size <= GramTree::kMaxLeaves;
+      if (request.op == ReduceOp::adasum && size > GramTree::kMaxLeaves) return false;
       return plan.is_small ||
              request.num_groups() * kSquaresPerGroup + (request.has_statistics ? num_tensors : 0) <=
                  SharedMemory::kTotalsNumel;

@@ -53,8 +53,11 @@ std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes) 
   Class& of = class_of(request, bytes);
   const auto count = static_cast<std::int64_t>(of.candidates.size());
   const std::int64_t request_number = of.requests++;
-  if (request_number < kFirstTrials * count)
-    return static_cast<std::uint32_t>(request_number % count);
+  const auto fewest = std::min_element(
+      of.candidates.begin(), of.candidates.end(),
+      [](const Candidate& a, const Candidate& b) { return a.samples < b.samples; });
+  if (fewest->samples < kFirstTrials)
+    return static_cast<std::uint32_t>(fewest - of.candidates.begin());
   if (request_number % kTryEvery == 0)
     return static_cast<std::uint32_t>(request_number / kTryEvery % count);
   return best(of);

@@ -15,7 +15,12 @@ class SharedMemoryError(HorovodInternalError): ...
 
 class Settings:
     def __init__(
-        self, *, warn_after: float, fail_after: float, shared_memory: bool = False
+        self,
+        *,
+        warn_after: float,
+        fail_after: float,
+        shared_memory: bool = False,
+        shared_choice: int | None = None,
     ) -> None: ...
 
 class ThreadWorld:
