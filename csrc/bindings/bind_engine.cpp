@@ -164,7 +164,7 @@ void bind_engine(py::module_& module) {
             std::vector<std::tuple<std::string, std::string, std::int64_t>> choices;
             for (const SharedTuning::Row& row : facts.choices)
               choices.emplace_back(row.what, row.choice, row.requests);
-            return std::tuple(facts.is_used, facts.why_not, choices);
+            return std::tuple(facts.is_used, facts.why_not, choices, facts.requests);
           },
           py::arg("process_set"))
       .def(

@@ -87,8 +87,9 @@ Engine::SharedFacts Engine::shared_facts(int process_set) {
   SharedFacts facts;
   facts.is_used = set->shared() != nullptr;
   if (facts.is_used) {
-    const std::lock_guard driver(set->driving());
     facts.choices = set->shared()->tuning().rows();
+    const SharedRoutes& routes = set->shared()->routes();
+    facts.requests = {routes.on_boards, routes.through_slots, routes.in_place, routes.as_messages};
   } else {
     const std::lock_guard lock(mutex_);
     facts.why_not = why_not_shared_[process_set];
@@ -103,10 +104,31 @@ std::shared_ptr<SharedRegion> Engine::empty_shared(int process_set, std::int64_t
   request.collective = Collective::empty_shared;
   request.bytes = bytes;
   const auto set = find(process_set);
+  // Two threads of this rank: what they share comes in the order of their requests.
+  const std::lock_guard lock(set->sharing());
   const auto agreement = submit(process_set, std::move(request));
-  while (!agreement->wait_for(Seconds{0.2})) poll();
+  // The others have agreed to come, or will, and would wait for this rank.
+  const auto give_up = [&](const std::string& why) {
+    set->fail(concat("empty_shared(", bytes, " bytes) of rank ", layout_.rank,
+                     " has ended before its time: ", why));
+    wakeup_.wake();
+  };
+  try {
+    while (!agreement->wait_for(Seconds{0.2})) poll();
+  } catch (...) {
+    give_up("its caller was interrupted");
+    throw;
+  }
   agreement->rethrow();
-  return set->shared() == nullptr ? nullptr : set->share(bytes);
+  if (set->shared() == nullptr) return nullptr;
+  try {
+    return set->share(bytes);
+  } catch (const SharedMemoryError&) {
+    throw;  // on all ranks
+  } catch (const std::exception& error) {
+    give_up(error.what());
+    throw;
+  }
 }
 
 int Engine::add_process_set(const std::vector<Rank>& ranks) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <atomic>
 #include <map>
 #include <memory>
@@ -49,6 +50,8 @@ class Engine {
     bool is_used = false;
     std::string why_not;
     std::vector<SharedTuning::Row> choices;
+    /// As SharedRoutes: by board, through slots, in place, as messages.
+    std::array<std::int64_t, 4> requests{};
   };
   SharedFacts shared_facts(int process_set);
   /// Memory of `bytes` of every rank of the set, which all of them map. Collective; blocks. Null on

@@ -155,8 +155,9 @@ bool ProcessSet::is_busy() {
 std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
   // Peers have agreed to come; one that dies on the way breaks the set.
   const GatherStrings gather = [&](const std::string& mine) {
-    return gather_strings(*transports_.control, kShareTag, mine, settings_.fail_after,
-                          [&] { return is_broken(); });
+    return gather_strings(*transports_.control, kShareTag, mine, settings_.fail_after, [&] {
+      if (is_broken()) throw TransportError(concat("empty_shared: ", *problem(), kAdvice));
+    });
   };
   return shared_->regions()->add(SharedWindows::make(rank(), size(), bytes, gather));
 }
@@ -305,10 +306,15 @@ Task ProcessSet::run(Channel& channel) {
 
 Task ProcessSet::execute_agreed(Work& work, Result& result) {
   if (!work.is_shared || work.header.flags & kOverlaps) {
+    if (shared_ != nullptr) ++shared_->routes().as_messages;
     workspace_.reserve(*work.plan);
     co_await execute({*transports_.data, kernels_}, work.request, *work.plan, workspace_, result);
     co_return;
   }
+  SharedRoutes& routes = shared_->routes();
+  ++(work.plan->is_small          ? routes.on_boards
+     : work.header.placement != 0 ? routes.in_place
+                                  : routes.through_slots);
   const Clock::time_point begin = Clock::now();
   co_await execute_shared(*shared_, work.request, *work.plan, workspace_, work.header, result);
   if (rank() == 0 && !work.plan->is_small && work.header.placement == 0)

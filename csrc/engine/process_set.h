@@ -61,6 +61,9 @@ class ProcessSet {
   /// there is not enough, TransportError where a rank is lost.
   std::shared_ptr<SharedRegion> share(std::int64_t bytes);
 
+  /// Held by a thread from its request for share() to the end.
+  std::mutex& sharing() { return sharing_; }
+
   /// As break_down on all ranks, soon: wake the worker. Nothing can be submitted from now on.
   void fail(const std::string& text);
   /// What the callers of CUDA requests share with the worker.
@@ -157,6 +160,7 @@ class ProcessSet {
 
   const std::unique_ptr<SharedNode> shared_;
   std::mutex driving_;
+  std::mutex sharing_;
   Workspace workspace_;
   const std::shared_ptr<CudaGroup> cuda_group_ = std::make_shared<CudaGroup>();
   Clock::time_point broken_at_{};    // of the driver

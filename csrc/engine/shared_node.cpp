@@ -47,7 +47,7 @@ constexpr SharedMemory::Signal signal_of(int board) {
 }  // namespace
 
 std::vector<std::string> gather_strings(Transport& transport, int tag, const std::string& mine,
-                                        Seconds timeout, const std::function<bool()>& must_stop) {
+                                        Seconds timeout, const std::function<void()>& poll) {
   const Context context{transport, cpu_kernels()};
   const auto size = static_cast<std::size_t>(transport.size());
   const auto self = static_cast<std::size_t>(transport.rank());
@@ -56,12 +56,14 @@ std::vector<std::string> gather_strings(Transport& transport, int tag, const std
                           std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);
     Backoff backoff;
     while (!task.progress()) {
-      const bool is_stopped = must_stop();
-      if (is_stopped || std::chrono::steady_clock::now() > deadline) {
+      try {
+        poll();
+        if (std::chrono::steady_clock::now() > deadline)
+          throw TransportError(concat("shared memory: not all ranks of the node have come within ",
+                                      timeout.count(), " s"));
+      } catch (...) {
         task.leak();  // messages may still arrive
-        if (is_stopped) throw TransportError("shared memory: a rank of the node is lost");
-        throw TransportError(concat("shared memory: not all ranks of the node have come within ",
-                                    timeout.count(), " s"));
+        throw;
       }
       backoff.pause();
     }
@@ -101,7 +103,7 @@ std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const
   if (!why_not.empty()) return nullptr;
 
   const GatherStrings gather = [&](const std::string& mine) {
-    return gather_strings(control, kTag, mine, settings.fail_after, [] { return false; });
+    return gather_strings(control, kTag, mine, settings.fail_after, [] {});
   };
   // Ranks may have been given different settings.
   const std::vector<std::string> words =

@@ -1,4 +1,5 @@
 #pragma once
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <span>
@@ -15,6 +16,14 @@
 
 namespace adareduce {
 
+/// How many requests that move data have gone which way. Read by any thread.
+struct SharedRoutes {
+  std::atomic<std::int64_t> on_boards{0};      ///< with the header
+  std::atomic<std::int64_t> through_slots{0};  ///< copied into slots and out of them
+  std::atomic<std::int64_t> in_place{0};       ///< where the tensors lie: nothing was copied
+  std::atomic<std::int64_t> as_messages{0};    ///< as between nodes
+};
+
 /// The shared memory of a process set whose ranks sit on one node: agreement, and what data need.
 /// Used by whoever drives the process set, but for regions().
 class SharedNode {
@@ -28,6 +37,7 @@ class SharedNode {
   SharedMemory& memory() { return memory_; }
   const std::shared_ptr<SharedRegions>& regions() const { return regions_; }
   SharedTuning& tuning() { return tuning_; }
+  SharedRoutes& routes() { return routes_; }
   const GramTree& tree() const { return tree_; }  ///< of at most GramTree::kMaxLeaves ranks
   SharedContext context(const SharedChoice& choice) {
     return {memory_, kernels_, cpu_peer_kernels(), choice.streams};
@@ -58,15 +68,16 @@ class SharedNode {
   const KernelTable& kernels_;
   const std::shared_ptr<SharedRegions> regions_ = std::make_shared<SharedRegions>();
   SharedTuning tuning_;
+  SharedRoutes routes_;
   GramTree tree_;
 };
 
 /// Whether a tensor of the request would be read after another one's result was written there.
 bool has_overlap(const Request& request);
 
-/// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`, and not
-/// after `must_stop`.
+/// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`. Throws
+/// what `poll` throws, which it calls now and then.
 std::vector<std::string> gather_strings(Transport& transport, int tag, const std::string& mine,
-                                        Seconds timeout, const std::function<bool()>& must_stop);
+                                        Seconds timeout, const std::function<void()>& poll);
 
 }  // namespace adareduce

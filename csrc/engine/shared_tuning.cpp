@@ -50,6 +50,7 @@ std::uint32_t SharedTuning::best(const Class& of) {
 }
 
 std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes) {
+  const std::lock_guard lock(mutex_);
   Class& of = class_of(request, bytes);
   const auto count = static_cast<std::int64_t>(of.candidates.size());
   const std::int64_t request_number = of.requests++;
@@ -66,6 +67,7 @@ std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes) 
 void SharedTuning::record(const Request& request, std::int64_t bytes, std::uint32_t choice,
                           Seconds took) {
   if (bytes <= 0 || choice >= choices().size()) return;
+  const std::lock_guard lock(mutex_);
   Candidate& candidate = class_of(request, bytes).candidates[choice];
   const double sample = took.count() / static_cast<double>(bytes);
   const double weight = std::max(kWeight, 1.0 / ++candidate.samples);
@@ -77,6 +79,7 @@ void SharedTuning::record(const Request& request, std::int64_t bytes, std::uint3
 }
 
 std::vector<SharedTuning::Row> SharedTuning::rows() const {
+  const std::lock_guard lock(mutex_);
   std::vector<Row> rows;
   for (int kind = 0; kind < kKinds; ++kind)
     for (int size = 0; size < kSizes; ++size) {

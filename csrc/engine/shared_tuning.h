@@ -1,6 +1,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct SharedChoice {
 };
 
 /// Learns on one rank, by the time that its requests take, which choice is best for which size; the
-/// choice travels with the rank's headers, so that all make the same.
+/// choice travels with the rank's headers, so that all make the same. All calls by any thread.
 class SharedTuning {
  public:
   static const std::vector<SharedChoice>& choices();
@@ -55,7 +56,8 @@ class SharedTuning {
   Class& class_of(const Request& request, std::int64_t bytes);
   static std::uint32_t best(const Class& of);
 
-  std::array<std::array<Class, kSizes>, kKinds> classes_;
+  mutable std::mutex mutex_;
+  std::array<std::array<Class, kSizes>, kKinds> classes_;  // guarded by mutex_
 };
 
 }  // namespace adareduce

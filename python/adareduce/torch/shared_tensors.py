@@ -14,7 +14,9 @@ from adareduce.runtime import (
     global_process_set,
     rejected_on_all_ranks,
 )
-from adareduce.torch.tensors import dtype_code
+from adareduce.torch.tensors import DTYPES
+
+_MOST_BYTES = 2**63 - 1  # that the engine can count
 
 
 def empty_shared(
@@ -38,7 +40,8 @@ def empty_shared(
         A contiguous tensor of zeros.
 
     Raises:
-        ValueError: A negative extent.
+        TypeError: A dtype that no collective takes.
+        ValueError: A negative extent, or more bytes than can be counted.
         HorovodInternalError: The ranks disagree, one is lost, or there is not enough memory.
     """
     with rejected_on_all_ranks(process_set, is_barrier=True):
@@ -47,11 +50,15 @@ def empty_shared(
         if any(extent < 0 for extent in shape):
             raise ValueError(f"empty_shared: size must not be negative, got {shape}")
         chosen = torch.get_default_dtype() if dtype is None else dtype
-        dtype_code(chosen)
+        if chosen not in DTYPES:
+            known = ", ".join(str(known) for known in DTYPES)
+            raise TypeError(f"empty_shared: dtype must be one of {known}, got {chosen}")
+        numel = math.prod(shape)
+        if numel * chosen.itemsize > _MOST_BYTES:
+            raise ValueError(f"empty_shared: size must be below {_MOST_BYTES} bytes, got {shape}")
     if process_set.process_set_id is None:
         current_job()  # says that init() is missing, where it is
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
-    numel = math.prod(shape)
     # Whole lines, never nothing: an address for everybody.
     memory = current_job().engine.empty_shared(
         process_set=process_set.process_set_id, bytes=max(numel * chosen.itemsize, 64)

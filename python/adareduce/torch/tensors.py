@@ -31,6 +31,7 @@ _DTYPE_CODES = {
     torch.float64: 8,
     torch.bool: 9,
 }
+DTYPES = tuple(_DTYPE_CODES)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _FLOAT_CODES = {dtype: _DTYPE_CODES[dtype] for dtype in FLOAT_DTYPES}
