@@ -194,10 +194,6 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
       co_await shared_reduce(context, schedule, tensors,
                              reduction_of(request.op, static_cast<int>(size)),
                              {group_of.data(), num_groups, totals.data()});
-    // The next part uses the same slots.
-    const bool has_used_slots = !is_resident && !schedule.chunks.empty();
-    if (has_used_slots && p + 1 < plan.parts.size())
-      co_await node.memory().wait(SharedMemory::kUnpacked, node.memory().chunks_done);
     for (std::size_t t = 0; t < orthogonality.size(); ++t)
       statistics.orthogonality[part.tensors[t]] = orthogonality[t];
     for (std::size_t t = 0; t < addresses.nonfinite.size(); ++t)
@@ -236,9 +232,6 @@ Task scatter_large(SharedNode& node, const Request& request, const Plan& plan,
     const SharedSchedule& schedule = schedule_of(node, request, plan, p, header.choice, false);
     co_await shared_scatter(context, schedule, addresses.tensors(request, plan.parts[p].dtype),
                             reduction_of(request.op, size));
-    // The next part uses the same slots.
-    if (p + 1 < plan.parts.size() && !schedule.chunks.empty())
-      co_await node.memory().wait(SharedMemory::kCombined, node.memory().chunks_done);
   }
 }
 
