@@ -255,9 +255,8 @@ def _run(given: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def _choices() -> Any:
-    """What the library says of its shared memory: algorithm, chunks, stores; None if nothing."""
-    report = getattr(hvd, "shared_memory_choices", None)
-    return report() if report is not None else None
+    """What the library says of its shared memory: whether it is used, chunks, stores."""
+    return hvd.shared_memory_choices()._asdict()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -61,9 +61,7 @@ def same_on_all(by_rank: Sequence[list[Tensors]]) -> list[Tensors]:
 
 def adasum_of(calls: Calls, dtype: str, **options: Any) -> list[Tensors]:
     def body(rank: ThreadRank) -> list[Tensors]:
-        return [
-            rank.grouped_allreduce(call[rank.rank], op="adasum", dtype=dtype) for call in calls
-        ]
+        return [rank.grouped_allreduce(call[rank.rank], op="adasum", dtype=dtype) for call in calls]
 
     return same_on_all(run_shared(len(calls[0]), body, **options))
 
@@ -181,6 +179,7 @@ def test_a_tensor_that_does_not_fit_into_the_ring_passes_twice(
     call = call_of(rng, family, size, [9, numel, 1000], "float32")
     [results] = adasum_of([call], "float32", shared_choice=0)
     assert_adasum(results, call, "float32")
+
     # In place, prescaled: what is packed again must not have been written before.
     def body(rank: ThreadRank) -> list[Tensors]:
         mine = [tensor.copy() for tensor in call[rank.rank]]
@@ -197,6 +196,7 @@ def test_vectors_that_cancel_are_reduced_by_level_for_any_size(
 ) -> None:
     tile = testing.shared_tile_numel(size)
     for remainder in (1e-2, 1e-7, 0.0):
+
         def family(rng: np.random.Generator, size: int, shape: tuple[int, ...],
                    remainder: float = remainder) -> list[NDArray]:  # fmt: skip
             return nearly_cancelling(rng, size, shape, remainder)
@@ -223,7 +223,9 @@ def test_adasum_comes_with_its_orthogonality(
     def body(rank: ThreadRank) -> list[tuple]:
         outcomes = []
         for call in calls:
-            pending = rank.submit("allreduce", call[rank.rank], op="adasum", groups=[0] * len(numels))
+            pending = rank.submit(
+                "allreduce", call[rank.rank], op="adasum", groups=[0] * len(numels)
+            )
             outcomes.append((pending.wait(), pending.handle.statistics()))
         return outcomes
 
@@ -467,9 +469,7 @@ def test_reduce_scatter_of_uneven_rows(
 def test_reduce_scatter_of_several_dtypes_reuses_slots(rng: np.random.Generator) -> None:
     size, dtypes = 3, ["float32", "float64", "int32"]
     numels = [300_000, 200_000, 250_000]
-    inputs = [
-        [values(rng, n, d) for n, d in zip(numels, dtypes, strict=True)] for _ in range(size)
-    ]
+    inputs = [[values(rng, n, d) for n, d in zip(numels, dtypes, strict=True)] for _ in range(size)]
 
     def body(rank: ThreadRank) -> None:
         for _ in range(8):
@@ -659,9 +659,7 @@ def test_repeating_a_call_visits_all_choices_and_keeps_its_bits(
     call = call_of(rng, test_adasum.similar, 2, [300_000, 5], "float32")
 
     def body(rank: ThreadRank) -> list[Tensors]:
-        results = [
-            rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(3 * NUM_CHOICES)
-        ]
+        results = [rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(3 * NUM_CHOICES)]
         if rank.rank == 0:
             ((_, choice, requests),) = rank.engine.shared_memory(0)[2]
             assert choice in testing.SharedTuning.choices()

@@ -238,8 +238,12 @@ def test_enough_slots_fit_into_the_ring_for_the_widest_elements(size: int) -> No
     for chunk_bytes in (1, 512 << 10, 2048 << 10, 1 << 40):
         schedule = testing.shared_reduction([20 * TILE(size)], geometry(size, 8, chunk_bytes))
         begins = {chunk["slot_begin"] for chunk in schedule["chunks"]}
-        longest = max(end - begin for begin, end in
-                      [(0, sum(p[3] for p in pieces_of(schedule, c))) for c in schedule["chunks"]])
+        longest = max(
+            end - begin
+            for begin, end in [
+                (0, sum(p[3] for p in pieces_of(schedule, c))) for c in schedule["chunks"]
+            ]
+        )
         assert longest * 8 * MIN_SLOTS <= RING
         assert max(begins) + longest * 8 <= RING
 

@@ -64,7 +64,7 @@ def _run(settings: Settings, ranks: Ranks) -> int:
         gpu.select()
         of_device = gpu.describe()
     placement = ranks.gather(_placement(ranks.rank, settings))
-    ranks.print(table.header(placement, gpu.header(of_device) if of_device else ()))
+    ranks.print(table.header(placement, gpu.header(of_device) if of_device else _on_cpu()))
     origin = machine.describe() | of_device if ranks.rank == 0 else {}
     peers = Peers(ranks, settings.device) if settings.peers else None
     clock = gpu.DeviceClock() if settings.on_gpu else HostClock()
@@ -76,13 +76,22 @@ def _run(settings: Settings, ranks: Ranks) -> int:
         ranks.print(table.line(row))
         if settings.json and ranks.rank == 0:
             with open(settings.json, "a", encoding="utf-8") as file:
-                file.write(to_json(row, settings, ranks.hosts, origin) + "\n")
+                now = origin | {"shared_memory": hvd.shared_memory_choices()._asdict()}
+                file.write(to_json(row, settings, ranks.hosts, now) + "\n")
     if peers is not None:
         peers.close()
     ranks.print(table.trailer(rows))
+    for what, choice, calls in hvd.shared_memory_choices().choices:
+        ranks.print(f"# shared memory, {what} ({calls} calls): {choice}")
     if settings.plot and ranks.rank == 0:
         plot.draw(rows, f"{settings.collective}, {ranks.size} ranks", settings.plot)
     return 1 if any(row.wrong() for row in rows) else 0
+
+
+def _on_cpu() -> list[str]:
+    """How CPU tensors travel, for the header."""
+    found = hvd.shared_memory_choices()
+    return [f"shared memory: {'used' if found.used else f'not used: {found.why_not}'}"]
 
 
 def _problem(settings: Settings, ranks: Ranks) -> str | None:

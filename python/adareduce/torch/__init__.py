@@ -71,7 +71,11 @@ from adareduce.torch.reducescatter import (
     reducescatter_async,
 )
 from adareduce.torch.schedules import AdaScaleSchedule, LinearScalingWarmup, tabulate
-from adareduce.torch.shared_tensors import empty_shared
+from adareduce.torch.shared_tensors import (
+    SharedMemoryChoices,
+    empty_shared,
+    shared_memory_choices,
+)
 from adareduce.torch.statistics import (
     ReductionStats,
     grouped_allreduce_with_stats,
@@ -113,6 +117,7 @@ __all__ = [
     "Progress",
     "ReduceOp",
     "ReductionStats",
+    "SharedMemoryChoices",
     "Sum",
     "add_process_set",
     "allgather",
@@ -169,6 +174,7 @@ __all__ = [
     "reducescatter",
     "reducescatter_async",
     "rocm_built",
+    "shared_memory_choices",
     "shutdown",
     "size",
     "synchronize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,9 @@ from adareduce.runtime import (
 from adareduce.torch.tensors import DTYPES
 
 _MOST_BYTES = 2**63 - 1  # that the engine can count
+
+
+_ROUTES = ("board", "slots", "in place", "messages")
 
 
 def empty_shared(
@@ -70,3 +74,34 @@ def empty_shared(
         .view(chosen)
         .view(shape)
     )
+
+
+class SharedMemoryChoices(NamedTuple):
+    """How the ranks of a process set share memory.
+
+    Attributes:
+        used: Whether CPU tensors go through it.
+        why_not: The reason where they do not; else empty.
+        choices: On the set's first rank, which makes them: (kind and size of calls, what was found
+            best for them by measuring, number of calls).
+        requests: Of this rank: how many went with the board, through slots, in place, as messages.
+    """
+
+    used: bool
+    why_not: str
+    choices: list[tuple[str, str, int]]
+    requests: dict[str, int]
+
+
+def shared_memory_choices(process_set: ProcessSet = global_process_set) -> SharedMemoryChoices:
+    """How CPU tensors of a process set travel inside the node, and why. Not collective.
+
+    Raises:
+        ValueError: The set was not added, or init() is missing.
+    """
+    number = process_set.process_set_id
+    if number is None:
+        current_job()
+        raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
+    used, why_not, choices, requests = current_job().engine.shared_memory(number)
+    return SharedMemoryChoices(used, why_not, choices, dict(zip(_ROUTES, requests, strict=True)))
