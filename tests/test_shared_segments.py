@@ -137,6 +137,27 @@ def test_only_the_mappings_stay_and_they_go_with_the_last_reference() -> None:
     assert ends == [(Counter(), 3, True)] * 3
 
 
+def pages_in_memory(member: Member) -> list[int]:
+    windows = make(member, 3 * MIB)
+    starts = {f"{windows.address_of(peer):x}": peer for peer in range(member.size)}
+    found, peer = [0] * member.size, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            peer = starts.get(line.split("-")[0].lstrip("0"))
+        elif line.startswith("Rss:") and peer is not None:
+            found[peer] = int(line.split()[1]) * 1024
+    member.barrier()
+    return found
+
+
+def test_no_page_is_left_for_the_first_touch() -> None:
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert release is not None
+    if tuple(map(int, release.groups())) < (5, 14):
+        pytest.skip("this kernel maps pages one by one")
+    assert results(run_ranks(pages_in_memory, [0, 1, 0])) == [[3 * MIB] * 3] * 3
+
+
 # --- processes that may not look into each other
 
 
@@ -421,7 +442,7 @@ def die_in_the_middle(member: Member, when: str) -> None:
 
     before = holdings()
     try:
-        make(member, gather=gather)
+        make(member, patience=1e6, gather=gather)  # it is not time that ends it
     finally:
         assert holdings() == before
 
