@@ -6,15 +6,24 @@ which ranks are threads of one process. It serves the ranks' all-gathers.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
+import os
+import re
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
+from adareduce import _core
+
 HANG_LIMIT = 60.0  # seconds
+BYTES = 10_000  # of a window, where a test does not care
 
 # Which ranks are threads of one process.
 LAYOUTS = [[0], [0, 0], [0, 1], [0, 1, 2], [0, 1, 0], [0, 1, 2, 3], [0, 1, 1, 2, 0]]
@@ -109,13 +118,14 @@ def _serve(pipes: list[Connection]) -> list[End]:
     ends: dict[int, End] = {}
     waiting: dict[int, bytes] = {}
     while len(ends) < len(pipes):
-        asked = [p for r, p in enumerate(pipes) if r not in ends and r not in waiting]
-        ready = wait(asked, HANG_LIMIT)
-        assert ready, f"ranks {[pipes.index(p) for p in asked]} hang, {waiting.keys()} wait"
-        for pipe in ready:
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
+        asked = {p: r for r, p in enumerate(pipes) if r not in ends and r not in waiting}
+        ready = wait(list(asked), HANG_LIMIT)
+        assert ready, f"ranks {list(asked.values())} hang, {list(waiting)} wait"
+        for pipe, rank in asked.items():
+            if pipe not in ready:
+                continue
             try:
-                kind, value = pipe.recv()  # type: ignore[union-attr]
+                kind, value = pipe.recv()
             except (EOFError, ConnectionResetError):
                 ends[rank] = End("death")
                 continue
@@ -126,7 +136,8 @@ def _serve(pipes: list[Connection]) -> list[End]:
         if ends or len(waiting) == len(pipes):
             parts = None if ends else [waiting[rank] for rank in range(len(pipes))]
             for rank in waiting:
-                pipes[rank].send(parts)
+                with contextlib.suppress(BrokenPipeError):  # it has died since: read above, soon
+                    pipes[rank].send(parts)
             waiting.clear()
     return [ends[rank] for rank in range(len(pipes))]
 
@@ -135,3 +146,52 @@ def results(ends: Sequence[End]) -> list[Any]:
     """What the bodies have returned; fails where one has not."""
     assert [end.kind for end in ends] == ["result"] * len(ends), ends
     return [end.value for end in ends]
+
+
+def make_windows(
+    member: Member, count: int = BYTES, patience: float = 60.0, gather: Any = None
+) -> Any:
+    """SharedWindows of all ranks; collective."""
+    chosen = gather or member.allgather
+    return _core.testing.SharedWindows(member.rank, member.size, count, chosen, patience)
+
+
+def holdings() -> tuple[list[str], Counter[str]]:
+    """What this process maps of the library's memory, and the kinds of what it has open."""
+    gc.collect()
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    maps = [line for line in lines if "memfd:adareduce" in line]
+    kinds: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:  # that of the list itself
+            continue
+        kinds[re.sub(r"\d+", "", target)] += 1
+    return maps, kinds
+
+
+def one_text(ends: list[End]) -> str:
+    """The SharedMemoryError that all ranks have ended with."""
+    assert {end.kind for end in ends} == {"error"}, ends
+    texts = {end.value for end in ends}
+    assert len(texts) == 1, texts
+    text: str = texts.pop()
+    assert text.startswith("SharedMemoryError: SharedWindows: the ranks of this node cannot share")
+    return text
+
+
+def read_and_write(member: Member, count: int = BYTES) -> list[bytes]:
+    """The first bytes of every window and the last ones, after all have written to all."""
+    windows = make_windows(member, count)
+    for peer in range(member.size):
+        assert windows.read(peer, 0, count) == bytes(count), "new memory is zero"
+    member.barrier()
+    for peer in range(member.size):  # one byte to each, and the last one of one's own
+        windows.write(peer, member.rank, bytes([10 * member.rank + peer]))
+    windows.write(member.rank, count - 1, bytes([100 + member.rank]))
+    member.barrier()
+    seen = [windows.read(peer, 0, member.size) for peer in range(member.size)]
+    seen.append(b"".join(windows.read(peer, count - 1, 1) for peer in range(member.size)))
+    member.barrier()
+    return seen
