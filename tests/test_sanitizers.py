@@ -40,14 +40,21 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "executable", ["kernels_check", "engine_stress", "device_stress", "shared_memory_stress"]
+    "command",
+    [
+        "kernels_check",
+        "engine_stress",
+        "engine_stress shared",
+        "device_stress",
+        "shared_memory_stress",
+    ],
 )
-def test_sanitizers_find_nothing(build: Path, executable: str) -> None:
-    status, output = cpp_build.run([build / executable], RUN_LIMIT, ENVIRONMENT)
+def test_sanitizers_find_nothing(build: Path, command: str) -> None:
+    executable, *arguments = command.split()
+    run = [build / executable, *arguments]
+    status, output = cpp_build.run(run, RUN_LIMIT, ENVIRONMENT)
     if "unexpected memory mapping" in output:
         # Older ThreadSanitizers cannot live with addresses as random as newer kernels make them.
-        status, output = cpp_build.run(
-            ["setarch", "-R", build / executable], RUN_LIMIT, ENVIRONMENT
-        )
+        status, output = cpp_build.run(["setarch", "-R", *run], RUN_LIMIT, ENVIRONMENT)
     if status != 0 or "all is well" not in output:
-        pytest.fail(f"{executable} ended with {status}:\n{output}", pytrace=False)
+        pytest.fail(f"{command} ended with {status}:\n{output}", pytrace=False)

@@ -63,8 +63,12 @@ inline void check_contains(const std::string& text, const std::string& part) {
   if (!contains(text, part)) throw std::logic_error(concat("'", part, "' is not in: ", text));
 }
 
+// The ranks of this run meet in shared memory.
+inline bool uses_shared_memory = false;
+
 inline Settings patient() {
   Settings settings;
+  settings.shared_memory = uses_shared_memory;
   settings.warn_after = Seconds{60};
   settings.fail_after = Seconds{120};
   settings.idle_tick = Seconds{0.02};  // news of a broken set travel at this pace

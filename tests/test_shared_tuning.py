@@ -1,0 +1,132 @@
+"""How the way through shared memory is chosen. Oracle: times that the test makes up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from adareduce._core import testing
+
+CHOICES = testing.SharedTuning.choices()
+MIB = 1 << 20
+BYTES = 20 * MIB
+FEW = 4 * len(CHOICES)  # requests after which one is preferred
+LONG = 4000
+
+SpeedOf = Callable[[int], float]  # seconds by choice
+
+
+def run(
+    tuning: testing.SharedTuning,
+    requests: int,
+    seconds: Sequence[float],
+    nbytes: int = BYTES,
+    is_adasum: bool = False,
+) -> list[int]:
+    """What was proposed, where a request with choice c takes seconds[c]."""
+    proposed = []
+    for _ in range(requests):
+        choice = tuning.propose(is_adasum, nbytes)
+        tuning.record(is_adasum, nbytes, choice, seconds[choice])
+        proposed.append(choice)
+    return proposed
+
+
+def times(fastest: int, ratio: float = 2.0) -> list[float]:
+    return [1.0 if choice == fastest else ratio for choice in range(len(CHOICES))]
+
+
+def test_the_choices_differ() -> None:
+    assert len(CHOICES) == len(set(CHOICES)) >= 2
+
+
+def test_all_are_tried_before_one_is_preferred() -> None:
+    proposed = run(testing.SharedTuning(), FEW, times(0))
+    assert set(proposed[: len(CHOICES)]) == set(range(len(CHOICES)))
+
+
+@pytest.mark.parametrize("fastest", range(len(CHOICES)))
+def test_the_fastest_is_preferred_and_the_others_are_still_visited(fastest: int) -> None:
+    tuning = testing.SharedTuning()
+    run(tuning, FEW, times(fastest))
+    counts = Counter(run(tuning, LONG, times(fastest)))
+    assert counts[fastest] >= 0.9 * LONG
+    assert min(counts[choice] for choice in range(len(CHOICES))) >= 10
+    (row,) = tuning.rows()
+    assert row == ("element by element, 8 MiB to 32 MiB", CHOICES[fastest], FEW + LONG)
+
+
+@pytest.mark.parametrize("later", range(1, len(CHOICES)))
+def test_it_notices_when_another_has_become_better(later: int) -> None:
+    tuning = testing.SharedTuning()
+    run(tuning, LONG, times(0))
+    run(tuning, LONG, times(later))
+    counts = Counter(run(tuning, LONG, times(later)))
+    assert counts[later] >= 0.9 * LONG
+
+
+def test_it_notices_when_the_best_has_become_slow() -> None:
+    tuning = testing.SharedTuning()
+    seconds = [1.0, 1.5, 2.0, 2.5][: len(CHOICES)]
+    run(tuning, LONG, seconds)
+    seconds[0] = 3.0
+    counts = Counter(run(tuning, 200, seconds))
+    assert counts[1] >= 150
+
+
+def test_one_slow_request_changes_nothing() -> None:
+    # A third of a core's time slice is gone: less than the next best would cost.
+    tuning = testing.SharedTuning()
+    run(tuning, LONG, times(1, ratio=3.0))
+    while tuning.propose(False, BYTES) != 1:
+        pass
+    tuning.record(False, BYTES, 1, 5.0)
+    counts = Counter(run(tuning, 96, times(1, ratio=3.0)))
+    assert counts[1] >= 85
+
+
+def test_the_first_sample_may_be_slow() -> None:
+    # It pays for memory that is touched for the first time.
+    tuning = testing.SharedTuning()
+    for _ in range(len(CHOICES)):
+        choice = tuning.propose(False, BYTES)
+        tuning.record(False, BYTES, choice, 50.0 if choice == 2 else times(2)[choice])
+    counts = Counter(run(tuning, FEW + LONG, times(2)))
+    assert counts[2] >= 0.9 * LONG
+
+
+def test_kinds_and_sizes_are_learnt_apart() -> None:
+    tuning = testing.SharedTuning()
+    sizes = [MIB, 4 * MIB, 20 * MIB, 100 * MIB, 300 * MIB]
+    for number, nbytes in enumerate(sizes):
+        for is_adasum in (False, True):
+            fastest = (number + is_adasum) % len(CHOICES)
+            run(tuning, FEW, times(fastest), nbytes, is_adasum)
+    rows = tuning.rows()
+    assert len(rows) == len({what for what, _, _ in rows}) == 2 * len(sizes)
+    expected = [CHOICES[(number + is_adasum) % len(CHOICES)]
+                for is_adasum in (False, True) for number in range(len(sizes))]  # fmt: skip
+    assert [choice for _, choice, _ in rows] == expected
+    assert {requests for _, _, requests in rows} == {FEW}
+
+
+def test_requests_that_end_without_a_time_use_up_no_trial() -> None:
+    # They failed, or went another way in the end.
+    tuning = testing.SharedTuning()
+    for _ in range(100):
+        tuning.propose(False, BYTES)
+    run(tuning, FEW, times(3))
+    (row,) = tuning.rows()
+    assert row[1] == CHOICES[3]
+
+
+def test_what_moves_nothing_teaches_nothing() -> None:
+    tuning = testing.SharedTuning()
+    run(tuning, FEW, times(2), nbytes=MIB)
+    for _ in range(50):
+        tuning.record(False, 0, 0, 0.0)
+        tuning.record(False, MIB, len(CHOICES) + 1, 0.0)
+    (row,) = tuning.rows()
+    assert row[1] == CHOICES[2]
