@@ -20,7 +20,13 @@ SharedWalk::SharedWalk(const SharedContext& context, const SharedSchedule& sched
       sources_(static_cast<std::size_t>(context.memory.size())) {}
 
 void SharedWalk::finish() {
-  context_.memory.chunks_done = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
+  const std::uint32_t end = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
+  context_.memory.chunks_done = end;
+  // Also what this schedule has no step for: a counter that stands still for 2^31 chunks would seem
+  // to be ahead of the others.
+  for (const auto signal : {SharedMemory::kPacked, SharedMemory::kGram, SharedMemory::kCombined,
+                            SharedMemory::kUnpacked})
+    context_.memory.signal(signal, end);
 }
 
 char* SharedWalk::slot(const SharedChunk& chunk, const SharedPiece& piece, Rank rank) const {

@@ -51,7 +51,7 @@ class SharedWalk {
 
   /// Chunks are counted over all requests, so that a counter never goes back.
   std::uint32_t epoch_of(int chunk) const { return base_ + static_cast<std::uint32_t>(chunk) + 1; }
-  /// After the last step.
+  /// After the last step. This rank needs nobody's slots any more: all_have_finished().
   void finish();
   /// Signal `signal` of all other ranks for `chunk`.
   SharedMemory::Wait wait(SharedMemory::Signal signal, int chunk) const {
@@ -121,6 +121,12 @@ class Breath final : public Exchange {
   bool has_paused_ = false;
 };
 inline constexpr std::size_t kStepsPerBreath = 64;
+
+/// Until every rank has finished its walk, as this one has. The next one may be begun without where
+/// an agreement comes in between.
+inline SharedMemory::Wait all_have_finished(SharedMemory& memory) {
+  return memory.wait(SharedMemory::kUnpacked, memory.chunks_done);
+}
 
 /// A sum over all ranks of `mine`, in rank order: equal bits everywhere. At most once per request.
 /// Collective; at most SharedMemory::kTotalsNumel numbers.

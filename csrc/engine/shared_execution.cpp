@@ -172,6 +172,7 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
   std::vector<double> totals(index_of(num_groups * kSquaresPerGroup));
 
   for (std::size_t p = 0; p < plan.parts.size(); ++p) {
+    if (p > 0) co_await all_have_finished(node.memory());  // the slots are used again
     const Plan::Part& part = plan.parts[p];
     Addresses addresses;
     std::vector<std::int32_t> group_of;
@@ -217,6 +218,7 @@ Task scatter_large(SharedNode& node, const Request& request, const Plan& plan,
   const SharedContext context = node.context(SharedTuning::choices()[header.choice]);
   const int size = node.memory().size();
   for (std::size_t p = 0; p < plan.parts.size(); ++p) {
+    if (p > 0) co_await all_have_finished(node.memory());  // the slots are used again
     Addresses addresses;
     for (const std::size_t t : plan.parts[p].tensors) {
       const TensorArg& tensor = request.tensors[t];
