@@ -55,6 +55,17 @@ def test_the_suite_passes_on_ranks(num_ranks: int) -> None:
 
 @needs_mpi
 @pytest.mark.slow
+@pytest.mark.skipif(mpirun.flavour() == "Open MPI", reason="Open MPI runs the short round")
+def test_collectives_pass_on_ranks_without_shared_memory() -> None:
+    # What several nodes have: everything travels by message.
+    names = [*_FILES_FOR_GPUS, "adascale", "bucket_views", "handles", "large_messages",
+             "life_cycle", "shared_tensors"]  # fmt: skip
+    files = [MPI_TESTS / f"test_{name}.py" for name in names]
+    run_suite(3, files=files, variables={"ADAREDUCE_SHARED_MEMORY": "off"})
+
+
+@needs_mpi
+@pytest.mark.slow
 @pytest.mark.openmpi_round
 @pytest.mark.skipif(mpirun.flavour() != "Open MPI", reason="the whole suite runs with MPICH")
 @pytest.mark.parametrize("num_ranks", [2, 3])

@@ -156,7 +156,8 @@ std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
   // Peers have agreed to come; one that dies on the way breaks the set.
   const GatherStrings gather = [&](const std::string& mine) {
     return gather_strings(*transports_.control, kShareTag, mine, settings_.fail_after, [&] {
-      if (is_broken()) throw TransportError(concat("empty_shared: ", *problem(), kAdvice));
+      if (is_broken())
+        throw TransportError(concat("empty_shared(", bytes, " bytes): ", *problem(), kAdvice));
     });
   };
   return shared_->regions()->add(SharedWindows::make(rank(), size(), bytes, gather));

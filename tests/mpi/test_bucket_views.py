@@ -14,6 +14,7 @@ import torch
 from inputs import assert_equal, assert_library_works, bits
 from torch.nn import functional
 from training import integer_parameters, plain_sgd
+from ways import Watch, is_shared
 
 import adareduce.torch as hvd
 from adareduce.torch import delta, flat_buffers, gradients
@@ -586,3 +587,45 @@ def test_without_views_nothing_is_allocated_or_copied(buffers):
     optimizer.step()
     assert buffers == []
     assert optimizer.reducer.num_copied == 0
+
+
+# ---- with shared memory -------------------------------------------------------------------------
+
+
+@pytest.mark.min_ranks(2)
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("kind", ["Sum", "Average", "Adasum", "AdaScale"])
+def test_buckets_are_reduced_where_they_lie(kind, passes, monkeypatch):
+    # Oracle: the same training without views, and the engine's counts of ways.
+    monkeypatch.setenv("ADAREDUCE_FUSION_THRESHOLD", "300000")
+    numel_of = [(150, 401), (401,), (401, 300), (300,), (300, 3), (3,)]
+
+    def course(as_views):
+        torch.manual_seed(7)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in numel_of]
+        inner = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        arguments = {"backward_passes_per_step": passes, "gradient_as_bucket_view": as_views}
+        if kind == "AdaScale":
+            optimizer = hvd.AdaScale(inner, scale=2.0, **arguments)
+        else:
+            optimizer = hvd.DistributedOptimizer(inner, op=getattr(hvd, kind), **arguments)
+        watch, states, went = Watch(), [], []
+        for step in range(STEPS):
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            for micro_batch in range(passes):
+                torch.manual_seed(100 * step + 10 * hvd.rank() + micro_batch)
+                # The bias of the last layer has no gradient on the first rank.
+                used = parameters[:-1] if hvd.rank() == 0 else parameters
+                sum((p * torch.randn_like(p)).sum() for p in used).backward()
+            optimizer.step()
+            states.append([bits(p.detach()) for p in parameters])
+            went.append(watch.went())
+        return states, went
+
+    expected, went_without = course(False)
+    states, went = course(True)
+    assert states == expected
+    if is_shared():
+        assert all(ways.in_place == 0 and ways.through_slots > 0 for ways in went_without)
+        assert all(ways.in_place > 0 and ways.through_slots == 0 for ways in went), went
+        assert [w.in_place for w in went] == [w.through_slots for w in went_without]

@@ -8,6 +8,10 @@ namespace {
 constexpr int kPauses = 500;
 constexpr int kYieldsAlone = 20;
 constexpr int kYieldsShared = 200;
+// A peer that has not come after so many looks will be long: no more of the above, and sleeps that
+// last longer by this factor. They end when it comes; what else this thread has to do waits.
+constexpr int kQuickTests = 8;
+constexpr double kLongWait = 5;
 
 }  // namespace
 
@@ -51,9 +55,15 @@ bool SharedMemory::Wait::is_soon() {
 }
 
 bool SharedMemory::Wait::test() {
-  const bool is_reached = wait_.wait(memory_.patience_);
-  memory_.has_slept_ |= !is_reached && memory_.patience_.longest_sleep > Seconds{0};
-  return is_reached;
+  Patience patience = memory_.patience_;
+  if (tests_ >= kQuickTests) {
+    patience.pauses = patience.yields = 0;
+    patience.longest_sleep *= kLongWait;
+  }
+  if (wait_.wait(patience)) return true;
+  ++tests_;
+  memory_.has_slept_ |= patience.longest_sleep > Seconds{0};
+  return false;
 }
 
 char* SharedMemory::header(int board, std::uint64_t sequence, Rank rank) const {

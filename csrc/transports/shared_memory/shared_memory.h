@@ -67,6 +67,7 @@ class SharedMemory {
    private:
     SharedMemory& memory_;
     EpochWait wait_;
+    int tests_ = 0;  ///< in vain
   };
   Wait wait(Signal signal, std::uint32_t epoch) { return {*this, signal, epoch}; }
 
