@@ -1,7 +1,7 @@
 """Collectives through shared memory, between ranks that are threads.
 
-Oracles: the same calls with messages, bit for bit where the arithmetic is the same; Adasum's tree in
-long double with the bound of reference.adasum_with_bound; exact numbers.
+Oracles: the same calls with messages, bit for bit where the arithmetic is the same; Adasum's tree
+in long double with the bound of reference.adasum_with_bound; exact numbers.
 """
 
 from __future__ import annotations
