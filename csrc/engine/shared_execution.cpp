@@ -14,6 +14,8 @@
 namespace adareduce {
 namespace {
 
+constexpr std::uint32_t kResidentChoice = 0;
+
 std::size_t index_of(std::int64_t index) { return static_cast<std::size_t>(index); }
 
 SharedGeometry geometry_of(const SharedMemory& memory, std::int64_t width,
@@ -159,9 +161,11 @@ const SharedSchedule& schedule_of(SharedNode& node, const Request& request, cons
 
 Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, const Header& header,
                   Result& result) {
-  const SharedContext context = node.context(SharedTuning::choices()[header.choice]);
-  const auto size = static_cast<std::size_t>(node.memory().size());
   const bool is_resident = header.placement != 0;
+  // There are no slots to choose for; chunks should stay in a second-level cache.
+  const std::uint32_t choice = is_resident ? kResidentChoice : header.choice;
+  const SharedContext context = node.context(SharedTuning::choices()[choice]);
+  const auto size = static_cast<std::size_t>(node.memory().size());
   const bool is_adasum = request.op == ReduceOp::adasum;
   const std::vector<void*> places = is_resident ? node.addresses_of(request) : std::vector<void*>();
   ReductionStatistics& statistics = result.statistics;
@@ -183,8 +187,7 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
         addresses.resident.push_back(places[t * size + r]);
     }
     if (request.has_statistics) addresses.nonfinite.resize(part.tensors.size());
-    const SharedSchedule& schedule =
-        schedule_of(node, request, plan, p, header.choice, is_resident);
+    const SharedSchedule& schedule = schedule_of(node, request, plan, p, choice, is_resident);
     const SharedTensors tensors = addresses.tensors(request, part.dtype);
     std::vector<double> orthogonality(has_orthogonality ? part.tensors.size() : 0);
     if (is_adasum)
