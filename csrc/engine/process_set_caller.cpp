@@ -76,6 +76,7 @@ std::shared_ptr<Handle> ProcessSet::run_at_once(const Request& request) {
   if (have_all_come) shared_->merge_posts(kRequests, merged);
   if (have_all_come && merged.is_agreed()) {
     Result result;
+    ++shared_->routes().on_boards;
     execute_small(*shared_, request, *plan, workspace_, header.sequence, result);
     if (!channel.ended) channel.ended.emplace();
     channel.ended->request = request;  // for peers that ask for the last call
