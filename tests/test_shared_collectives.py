@@ -1,7 +1,7 @@
 """Collectives through shared memory, between ranks that are threads.
 
-Oracles: the same calls with messages, bit for bit where the arithmetic is the same; Adasum's tree in
-long double with the bound of reference.adasum_with_bound; exact numbers.
+Oracles: the same calls with messages, bit for bit where the arithmetic is the same; Adasum's tree
+in long double with the bound of reference.adasum_with_bound; exact numbers.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def same_on_all(by_rank: Sequence[list[Tensors]]) -> list[Tensors]:
 
 def adasum_of(calls: Calls, dtype: str, **options: Any) -> list[Tensors]:
     def body(rank: ThreadRank) -> list[Tensors]:
-        return [
-            rank.grouped_allreduce(call[rank.rank], op="adasum", dtype=dtype) for call in calls
-        ]
+        return [rank.grouped_allreduce(call[rank.rank], op="adasum", dtype=dtype) for call in calls]
 
     return same_on_all(run_shared(len(calls[0]), body, **options))
 
@@ -181,6 +179,7 @@ def test_a_tensor_that_does_not_fit_into_the_ring_passes_twice(
     call = call_of(rng, family, size, [9, numel, 1000], "float32")
     [results] = adasum_of([call], "float32", shared_choice=0)
     assert_adasum(results, call, "float32")
+
     # In place, prescaled: what is packed again must not have been written before.
     def body(rank: ThreadRank) -> list[Tensors]:
         mine = [tensor.copy() for tensor in call[rank.rank]]
@@ -197,6 +196,7 @@ def test_vectors_that_cancel_are_reduced_by_level_for_any_size(
 ) -> None:
     tile = testing.shared_tile_numel(size)
     for remainder in (1e-2, 1e-7, 0.0):
+
         def family(rng: np.random.Generator, size: int, shape: tuple[int, ...],
                    remainder: float = remainder) -> list[NDArray]:  # fmt: skip
             return nearly_cancelling(rng, size, shape, remainder)
@@ -223,7 +223,9 @@ def test_adasum_comes_with_its_orthogonality(
     def body(rank: ThreadRank) -> list[tuple]:
         outcomes = []
         for call in calls:
-            pending = rank.submit("allreduce", call[rank.rank], op="adasum", groups=[0] * len(numels))
+            pending = rank.submit(
+                "allreduce", call[rank.rank], op="adasum", groups=[0] * len(numels)
+            )
             outcomes.append((pending.wait(), pending.handle.statistics()))
         return outcomes
 
@@ -269,6 +271,23 @@ def test_large_reductions_have_the_bits_of_every_type(
         for place, result in enumerate(results):
             expected = expected_of(op, [inputs[r][place] for r in range(size)], dtype)
             assert reference.same_bits(result.ravel(), expected), (op, place)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_sum_goes_round_the_ring_and_stays_exact(size: int) -> None:
+    # Whole numbers that tell rank and place: what lies in a slot too early or too late is seen.
+    numel = 2 * RING // 4 + 12_345
+    places = np.arange(numel, dtype=np.int64)
+    inputs = [((places * (3 + rank)) % 1021 - 500).astype(np.float32) for rank in range(size)]
+    expected = sum(inputs[1:], inputs[0])
+
+    def body(rank: ThreadRank) -> None:
+        for step in range(3):
+            mine = inputs[rank.rank].copy()
+            result = rank.allreduce(mine, outputs=[mine if step else np.empty_like(mine)])
+            assert reference.same_bits(result, expected)
+
+    run_shared(size, body, shared_choice=0)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
@@ -464,12 +483,29 @@ def test_reduce_scatter_of_uneven_rows(
     run_shared(size, body)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("rows", [20, 300_000])
+def test_reduce_scatter_may_write_into_its_input(size: int, rows: int) -> None:
+    # A rank's rows are not those that lie where its output begins.
+    numbers = [(np.arange(rows) * (3 + rank) % 1021).astype(np.float32) for rank in range(size)]
+    expected = sum(numbers[1:], numbers[0])
+
+    def body(rank: ThreadRank) -> None:
+        count = rows // size + (rank.rank < rows % size)
+        first = sum(rows // size + (r < rows % size) for r in range(rank.rank))
+        for begin in (0, rows - count, first):
+            mine = numbers[rank.rank].copy()
+            output = mine[begin : begin + count]
+            rank.submit("reducescatter", [mine], outputs=[output]).wait()
+            assert reference.same_bits(output, expected[first : first + count])
+
+    run_shared(size, body)
+
+
 def test_reduce_scatter_of_several_dtypes_reuses_slots(rng: np.random.Generator) -> None:
     size, dtypes = 3, ["float32", "float64", "int32"]
     numels = [300_000, 200_000, 250_000]
-    inputs = [
-        [values(rng, n, d) for n, d in zip(numels, dtypes, strict=True)] for _ in range(size)
-    ]
+    inputs = [[values(rng, n, d) for n, d in zip(numels, dtypes, strict=True)] for _ in range(size)]
 
     def body(rank: ThreadRank) -> None:
         for _ in range(8):
@@ -659,9 +695,7 @@ def test_repeating_a_call_visits_all_choices_and_keeps_its_bits(
     call = call_of(rng, test_adasum.similar, 2, [300_000, 5], "float32")
 
     def body(rank: ThreadRank) -> list[Tensors]:
-        results = [
-            rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(3 * NUM_CHOICES)
-        ]
+        results = [rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(3 * NUM_CHOICES)]
         if rank.rank == 0:
             ((_, choice, requests),) = rank.engine.shared_memory(0)[2]
             assert choice in testing.SharedTuning.choices()

@@ -1,5 +1,4 @@
-"""Schedules through shared memory as values, and all ranks walking them in every order that their
-waits allow.
+"""Schedules through shared memory as values, and ranks that walk them in any order.
 
 Oracles: each element has one place, and a slot holds what its readers expect.
 """
@@ -7,6 +6,7 @@ Oracles: each element has one place, and a slot holds what its readers expect.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -220,14 +220,14 @@ def test_pieces_of_a_slot_do_not_overlap_and_fit(kind: str) -> None:
                     for spans in areas.values():
                         spans.sort()
                         assert spans[0][0] >= 0
-                        for (_, end), (begin, _) in zip(spans, spans[1:], strict=False):
+                        for (_, end), (begin, _) in itertools.pairwise(spans):
                             assert end <= begin
                         last = max(last, spans[-1][1])
                     end = chunk["slot_begin"] + last * width
                     assert end <= ring * TILE(size) * width
                     ends[chunk["slot_begin"]] = max(end, ends.get(chunk["slot_begin"], 0))
                 slots = sorted(ends.items())
-                for (_, end), (begin, _) in zip(slots, slots[1:], strict=False):
+                for (_, end), (begin, _) in itertools.pairwise(slots):
                     assert end <= begin, "slots overlap"
 
 
@@ -238,8 +238,12 @@ def test_enough_slots_fit_into_the_ring_for_the_widest_elements(size: int) -> No
     for chunk_bytes in (1, 512 << 10, 2048 << 10, 1 << 40):
         schedule = testing.shared_reduction([20 * TILE(size)], geometry(size, 8, chunk_bytes))
         begins = {chunk["slot_begin"] for chunk in schedule["chunks"]}
-        longest = max(end - begin for begin, end in
-                      [(0, sum(p[3] for p in pieces_of(schedule, c))) for c in schedule["chunks"]])
+        longest = max(
+            end - begin
+            for begin, end in [
+                (0, sum(p[3] for p in pieces_of(schedule, c))) for c in schedule["chunks"]
+            ]
+        )
         assert longest * 8 * MIN_SLOTS <= RING
         assert max(begins) + longest * 8 <= RING
 
@@ -468,6 +472,6 @@ def test_each_chunk_goes_through_its_works_in_order_and_once(kind: str) -> None:
                     assert chunks == list(range(len(schedule["chunks"])))
                 place = {step: i for i, step in enumerate(schedule["steps"])}
                 assert len(place) == len(schedule["steps"]) == len(works) * len(by_work[works[0]])
-                for before, after in zip(works, works[1:], strict=False):
+                for before, after in itertools.pairwise(works):
                     for index in range(len(schedule["chunks"])):
                         assert place[before, index] < place[after, index]

@@ -280,7 +280,7 @@ void ProcessSet::prepare(Work& work) {
     const bool is_large = work.is_shared && !work.plan->is_small;
     if (!is_large) workspace_.reserve(*work.plan);
     if (!is_large) return;
-    if (has_overlap(request)) work.header.flags |= kOverlaps;
+    if (has_overlap(request, rank(), size())) work.header.flags |= kOverlaps;
     work.header.placement = shared_->placement_of(request);
     if (rank() == 0)
       work.header.choice = settings_.shared_choice.value_or(

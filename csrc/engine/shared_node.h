@@ -59,8 +59,9 @@ class SharedNode {
   GramTree tree_;
 };
 
-/// Whether a tensor of the request would be read after another one's result was written there.
-bool has_overlap(const Request& request);
+/// Whether a tensor of the request would be read after a result was written there: another one's,
+/// or its own where that lies elsewhere in it. `rank` and `size` tell what a reduce-scatter writes.
+bool has_overlap(const Request& request, Rank rank, int size);
 
 /// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`, and not
 /// after `must_stop`.
