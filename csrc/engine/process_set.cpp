@@ -395,6 +395,7 @@ void ProcessSet::break_down(const std::string& text, bool tell_peers) {
       channel.is_closed = true;
     }
   }
+  if (shared_ != nullptr) shared_->memory().signal(SharedMemory::kGone, 1);
   if (tell_peers) presence_.announce_failure(text);
   // What is under way may still be written to: neither it nor its memory can be given back.
   const bool may_write_late = transports_.data->may_write_late();

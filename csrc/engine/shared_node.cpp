@@ -40,6 +40,12 @@ int ranks_of_this_node(const Layout& layout) {
                     [&](const ProcessInfo& process) { return process.host == here.host; }));
 }
 
+class Never final : public Exchange {
+ public:
+  bool is_soon() const { return false; }
+  bool test() override { return false; }
+};
+
 // Which of the two channels a board belongs to.
 constexpr SharedMemory::Signal signal_of(int board) {
   return board == 0 ? SharedMemory::kRequestBoard : SharedMemory::kBarrierBoard;
@@ -168,6 +174,9 @@ Task SharedNode::agree(int board, Header& header) {
   const auto epoch = static_cast<std::uint32_t>(sequence + 1);
   memory_.signal(signal_of(board), epoch);
   co_await memory_.wait(signal_of(board), epoch);
+  // What a rank had posted before it gave up must not make a success of a request that has failed
+  // there. Its news come as a message and end this wait.
+  if (memory_.has_any(SharedMemory::kGone, 1)) co_await Never();
   for (Rank rank = 0; rank < memory_.size(); ++rank) {
     Header theirs;
     std::memcpy(&theirs, memory_.header(board, sequence, rank), sizeof theirs);
