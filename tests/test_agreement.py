@@ -397,12 +397,13 @@ def test_a_buffer_that_no_memory_holds_raises_and_harms_nothing() -> None:
 
 
 def test_a_barrier_overtakes_requests_that_wait() -> None:
-    may_submit = threading.Event()
+    have_looked = {0: threading.Event(), 2: threading.Event()}
 
     def body(rank: ThreadRank) -> None:
         if rank.rank == 1:
             rank.barrier()
-            rank.wait_until(may_submit)
+            for has_looked in have_looked.values():
+                rank.wait_until(has_looked)
             assert_all_is_well(rank)
             return
         numel = 40
@@ -410,8 +411,7 @@ def test_a_barrier_overtakes_requests_that_wait() -> None:
         early = rank.submit("allreduce", [mine], name="afterwards")
         rank.barrier()
         assert not early.is_finished()
-        if rank.rank == 0:
-            may_submit.set()
+        have_looked[rank.rank].set()
         assert np.array_equal(early.wait()[0], np.arange(numel) * 6)
 
     run_ranks(3, body)

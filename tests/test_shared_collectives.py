@@ -273,6 +273,23 @@ def test_large_reductions_have_the_bits_of_every_type(
             assert reference.same_bits(result.ravel(), expected), (op, place)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_sum_goes_round_the_ring_and_stays_exact(size: int) -> None:
+    # Whole numbers that tell rank and place: what lies in a slot too early or too late is seen.
+    numel = 2 * RING // 4 + 12_345
+    places = np.arange(numel, dtype=np.int64)
+    inputs = [((places * (3 + rank)) % 1021 - 500).astype(np.float32) for rank in range(size)]
+    expected = sum(inputs[1:], inputs[0])
+
+    def body(rank: ThreadRank) -> None:
+        for step in range(3):
+            mine = inputs[rank.rank].copy()
+            result = rank.allreduce(mine, outputs=[mine if step else np.empty_like(mine)])
+            assert reference.same_bits(result, expected)
+
+    run_shared(size, body, shared_choice=0)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
 @pytest.mark.parametrize("op", ["sum", "average", "adasum"])
 def test_sizes_around_every_limit_agree_with_messages(
@@ -462,6 +479,25 @@ def test_reduce_scatter_of_uneven_rows(
                 first = sum(shape[0] // size + (r < shape[0] % size) for r in range(rank.rank))
                 assert reference.same_bits(output, all_rows[first : first + len(output)])
         return outputs
+
+    run_shared(size, body)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("rows", [20, 300_000])
+def test_reduce_scatter_may_write_into_its_input(size: int, rows: int) -> None:
+    # A rank's rows are not those that lie where its output begins.
+    numbers = [(np.arange(rows) * (3 + rank) % 1021).astype(np.float32) for rank in range(size)]
+    expected = sum(numbers[1:], numbers[0])
+
+    def body(rank: ThreadRank) -> None:
+        count = rows // size + (rank.rank < rows % size)
+        first = sum(rows // size + (r < rows % size) for r in range(rank.rank))
+        for begin in (0, rows - count, first):
+            mine = numbers[rank.rank].copy()
+            output = mine[begin : begin + count]
+            rank.submit("reducescatter", [mine], outputs=[output]).wait()
+            assert reference.same_bits(output, expected[first : first + count])
 
     run_shared(size, body)
 

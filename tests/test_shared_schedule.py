@@ -1,4 +1,4 @@
-"""Schedules through shared memory as values, walked by all ranks in every order of theirs.
+"""Schedules through shared memory as values, and ranks that walk them in any order.
 
 Oracles: each element has one place, and a slot holds what its readers expect.
 """

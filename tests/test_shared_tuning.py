@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -14,8 +14,6 @@ MIB = 1 << 20
 BYTES = 20 * MIB
 FEW = 4 * len(CHOICES)  # requests after which one is preferred
 LONG = 4000
-
-SpeedOf = Callable[[int], float]  # seconds by choice
 
 
 def run(
@@ -77,7 +75,6 @@ def test_it_notices_when_the_best_has_become_slow() -> None:
 
 
 def test_one_slow_request_changes_nothing() -> None:
-    # A third of a core's time slice is gone: less than the next best would cost.
     tuning = testing.SharedTuning()
     run(tuning, LONG, times(1, ratio=3.0))
     while tuning.propose(False, BYTES) != 1:

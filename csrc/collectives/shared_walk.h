@@ -122,6 +122,13 @@ class Breath final : public Exchange {
 };
 inline constexpr std::size_t kStepsPerBreath = 64;
 
+/// For what only the end of the process set can end.
+class Never final : public Exchange {
+ public:
+  bool is_soon() const { return false; }
+  bool test() override { return false; }
+};
+
 /// A sum over all ranks of `mine`, in rank order: equal bits everywhere. At most once per request.
 /// Collective; at most SharedMemory::kTotalsNumel numbers.
 Task add_totals(SharedMemory& memory, std::vector<double>& mine);

@@ -267,7 +267,7 @@ void ProcessSet::prepare(Work& work) {
     const bool is_large = work.is_shared && !work.plan->is_small;
     if (!is_large) workspace_.reserve(*work.plan);
     if (!is_large) return;
-    if (has_overlap(request)) work.header.flags |= kOverlaps;
+    if (has_overlap(request, rank(), size())) work.header.flags |= kOverlaps;
     work.header.placement = shared_->placement_of(request);
     if (rank() == 0)
       work.header.choice = settings_.shared_choice.value_or(
@@ -290,6 +290,7 @@ Task ProcessSet::run(Channel& channel) {
       shared_->post(board, work.header);
     }
     co_await shared_->wait_for_posts(board, work.header.sequence);
+    if (shared_->has_lost_any()) co_await Never();
     shared_->merge_posts(board, work.header);
   }
   if (!work.header.is_agreed()) {
@@ -392,6 +393,7 @@ void ProcessSet::break_down(const std::string& text, bool tell_peers) {
       channel.is_closed = true;
     }
   }
+  if (shared_ != nullptr) shared_->memory().signal(SharedMemory::kGone, 1);
   if (tell_peers) presence_.announce_failure(text);
   // What is under way may still be written to: neither it nor its memory can be given back.
   const bool may_write_late = transports_.data->may_write_late();

@@ -72,6 +72,7 @@ std::shared_ptr<Handle> ProcessSet::run_at_once(const Request& request) {
     while (!have_all_come && Clock::now() - begin < kLongestDrive) have_all_come = posts.test();
     has_slept();
   }
+  have_all_come = have_all_come && !shared_->has_lost_any();
   Header merged = header;
   if (have_all_come) shared_->merge_posts(kRequests, merged);
   if (have_all_come && merged.is_agreed()) {

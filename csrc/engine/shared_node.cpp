@@ -8,6 +8,7 @@
 #include "base/errors.h"
 #include "bootstrap/backoff.h"
 #include "collectives/allgather.h"
+#include "collectives/reduce_scatter.h"
 #include "engine/packing.h"
 
 namespace adareduce {
@@ -213,7 +214,7 @@ std::vector<void*> SharedNode::addresses_of(const Request& request) const {
   return addresses;
 }
 
-bool has_overlap(const Request& request) {
+bool has_overlap(const Request& request, Rank rank, int size) {
   struct Use {
     const char* begin;
     const char* end;
@@ -224,7 +225,13 @@ bool has_overlap(const Request& request) {
   const auto bytes_of = [](const TensorArg& tensor) {
     return tensor.numel() * size_of(tensor.dtype);
   };
-  bool is_sorted = true, is_in_place = true;
+  // A rank's rows of a reduce-scatter are not where its output begins.
+  const bool keeps_places = request.collective != Collective::reducescatter;
+  const auto bytes_out_of = [&](const TensorArg& tensor) {
+    const std::int64_t rows = keeps_places ? 0 : tensor.shape.front();
+    return rows == 0 ? bytes_of(tensor) : bytes_of(tensor) / rows * rows_of(rows, rank, size);
+  };
+  bool is_sorted = true, is_in_place = keeps_places;
   const char* end = nullptr;
   for (const TensorArg& tensor : request.tensors) {
     const char* const begin = static_cast<const char*>(tensor.input);
@@ -236,13 +243,13 @@ bool has_overlap(const Request& request) {
   std::vector<Use> uses;
   for (std::size_t t = 0; t < request.tensors.size(); ++t) {
     const TensorArg& tensor = request.tensors[t];
-    const std::int64_t bytes = bytes_of(tensor);
-    const auto add = [&](const void* memory, bool is_output) {
+    const auto add = [&](const void* memory, std::int64_t bytes, bool is_output) {
       const char* const begin = static_cast<const char*>(memory);
       if (memory != nullptr && bytes > 0) uses.push_back({begin, begin + bytes, t, is_output});
     };
-    add(tensor.input, tensor.output == tensor.input);
-    if (tensor.output != tensor.input) add(tensor.output, true);
+    const bool is_same = keeps_places && tensor.output == tensor.input;
+    add(tensor.input, bytes_of(tensor), is_same);
+    if (!is_same) add(tensor.output, bytes_out_of(tensor), true);
   }
   std::sort(uses.begin(), uses.end(),
             [](const Use& a, const Use& b) { return std::less<const char*>()(a.begin, b.begin); });

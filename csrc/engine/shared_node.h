@@ -51,6 +51,9 @@ class SharedNode {
   void post(int board, const Header& header);
   SharedMemory::Wait wait_for_posts(int board, std::uint64_t sequence);
   void merge_posts(int board, Header& header) const;
+  /// A rank has given up. What it had posted before must not make a success of a request that has
+  /// failed there; its news come as a message and break the set.
+  bool has_lost_any() const { return memory_.has_any(SharedMemory::kGone, 1); }
 
   /// A hash of where a request's tensors lie in shared memory; 0 where not all do, or where results
   /// would not go to the same places.
@@ -72,8 +75,9 @@ class SharedNode {
   GramTree tree_;
 };
 
-/// Whether a tensor of the request would be read after another one's result was written there.
-bool has_overlap(const Request& request);
+/// Whether a tensor of the request would be read after a result was written there: another one's,
+/// or its own where that lies elsewhere in it. `rank` and `size` tell what a reduce-scatter writes.
+bool has_overlap(const Request& request, Rank rank, int size);
 
 /// Every rank's text, in rank order. Collective on `transport`; blocks, at most `timeout`. Throws
 /// what `poll` throws, which it calls now and then.

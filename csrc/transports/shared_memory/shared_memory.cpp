@@ -1,5 +1,7 @@
 #include "transports/shared_memory/shared_memory.h"
 
+#include <algorithm>
+
 namespace adareduce {
 namespace {
 
@@ -47,6 +49,13 @@ SharedMemory::Segment& SharedMemory::of(Rank rank) const {
 
 void SharedMemory::signal(Signal signal, std::uint32_t epoch) {
   advance(of(rank()).epochs[signal], epoch);
+}
+
+bool SharedMemory::has_any(Signal signal, std::uint32_t epoch) const {
+  const std::vector<Epoch*>& epochs = peers_[static_cast<std::size_t>(signal)];
+  return std::any_of(epochs.begin(), epochs.end(), [&](const Epoch* of_peer) {
+    return has_reached(of_peer->value.load(std::memory_order_acquire), epoch);
+  });
 }
 
 bool SharedMemory::Wait::is_soon() {

@@ -28,6 +28,7 @@ class SharedMemory {
     kTotals,  ///< rounds of statistics at the end of a request
     kRequestBoard,
     kBarrierBoard,
+    kGone,  ///< 1: the rank has given up, whatever it has posted before
     kNumSignals
   };
   static constexpr int kNumBoards = 2;
@@ -53,6 +54,9 @@ class SharedMemory {
   /// This rank's counter goes up to `epoch`: all that it has written before is visible to whoever
   /// sees that.
   void signal(Signal signal, std::uint32_t epoch);
+
+  /// Some other rank's counter has come to `epoch`.
+  bool has_any(Signal signal, std::uint32_t epoch) const;
 
   /// Waits until every other rank's counter has come to `epoch`.
   class Wait final : public Exchange {
