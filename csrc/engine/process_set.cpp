@@ -29,6 +29,8 @@ constexpr std::string_view kLaunchedWords =
 // A caller that waits for its own request gives the work to the worker when nothing has moved for
 // so long: it should notice Ctrl-C.
 constexpr Seconds kLongestDrive{2e-3};
+// Of descriptors between ranks that have all come.
+constexpr Seconds kLongestExchange{60};
 constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
 // What a call that cannot be finished tells its caller.
@@ -164,14 +166,17 @@ void ProcessSet::drive(const Handle& handle) {
 }
 
 std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
-  // Peers have agreed to come; one that dies on the way breaks the set.
+  // Peers have agreed to come; one that dies or stops on the way breaks the set.
+  const std::string call = concat("empty_shared(", bytes, " bytes)");
   const GatherStrings gather = [&](const std::string& mine) {
-    return gather_strings(*transports_.control, kShareTag, mine, settings_.fail_after, [&] {
-      if (is_broken())
-        throw TransportError(concat("empty_shared(", bytes, " bytes): ", *problem(), kAdvice));
+    ShareWait wait{.since = Clock::now()};
+    return gather_strings(*transports_.control, kShareTag, mine, 2 * settings_.fail_after, [&] {
+      watch_share(call, wait);
+      if (is_broken()) throw TransportError(concat(call, ": ", *problem(), kAdvice));
     });
   };
-  return shared_->regions()->add(SharedWindows::make(rank(), size(), bytes, gather));
+  return shared_->regions()->add(SharedWindows::make(
+      rank(), size(), bytes, gather, std::min(kLongestExchange, settings_.fail_after)));
 }
 
 // ---- the driver ---------------------------------------------------------------------------------
