@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from inputs import assert_equal, assert_library_works, integers, of_all_ranks, total
 
 import adareduce.torch as hvd
+from adareduce.torch import handles
 
 
 @pytest.mark.openmpi_round
@@ -99,3 +103,30 @@ def test_several_threads_may_wait(size):
         results = list(pool.map(hvd.synchronize, handles))
     for i, result in enumerate(results):
         assert_equal(result, torch.full((100,), float(i * size)))
+
+
+@pytest.mark.min_ranks(2)
+def test_tensors_outlive_ctrl_c_right_behind_the_submission(rank, size, ranks, monkeypatch):
+    # The engine gives the wait back to Python, and the signal comes before anything else is done.
+    tensor = torch.full((1000,), rank + 1.0)
+    seen = weakref.ref(tensor)
+    if rank == 0:
+        run = handles._run
+
+        def interrupted(*arguments, **options):
+            run(*arguments, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(handles, "_run", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            hvd.allreduce_(tensor, op=hvd.Sum)
+        monkeypatch.setattr(handles, "_run", run)
+        del tensor
+        gc.collect()
+        assert seen() is not None
+        ranks.gather(None)
+    else:
+        ranks.gather(None)
+        hvd.allreduce_(tensor, op=hvd.Sum)
+    hvd.allreduce_(torch.ones(3))  # behind the other
+    assert_equal(seen(), torch.full((1000,), size * (size + 1) / 2))
