@@ -24,6 +24,8 @@ int channel_of(Collective collective) {
 // Why a mistake that is harmless on the CPU is not.
 constexpr std::string_view kLaunchedWords =
     " Work that was enqueued on GPUs before the ranks were compared cannot be finished.";
+// Of descriptors between ranks that have all come.
+constexpr Seconds kLongestExchange{60};
 constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
 // What the choice for a large request goes by. Of an allgather as many from each rank as from here.
@@ -153,14 +155,17 @@ bool ProcessSet::is_busy() {
 }
 
 std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
-  // Peers have agreed to come; one that dies on the way breaks the set.
+  // Peers have agreed to come; one that dies or stops on the way breaks the set.
+  const std::string call = concat("empty_shared(", bytes, " bytes)");
   const GatherStrings gather = [&](const std::string& mine) {
-    return gather_strings(*transports_.control, kShareTag, mine, settings_.fail_after, [&] {
-      if (is_broken())
-        throw TransportError(concat("empty_shared(", bytes, " bytes): ", *problem(), kAdvice));
+    ShareWait wait{.since = Clock::now()};
+    return gather_strings(*transports_.control, kShareTag, mine, 2 * settings_.fail_after, [&] {
+      watch_share(call, wait);
+      if (is_broken()) throw TransportError(concat(call, ": ", *problem(), kAdvice));
     });
   };
-  return shared_->regions()->add(SharedWindows::make(rank(), size(), bytes, gather));
+  return shared_->regions()->add(SharedWindows::make(
+      rank(), size(), bytes, gather, std::min(kLongestExchange, settings_.fail_after)));
 }
 
 // ---- the driver ---------------------------------------------------------------------------------

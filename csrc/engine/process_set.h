@@ -144,6 +144,13 @@ class ProcessSet {
   void close(Channel& channel, const std::string& why);
   std::string explain(const std::exception& error) const;
   void watch(int index, Clock::time_point now);
+  /// The same for a thread that waits in share(), which does not drive.
+  struct ShareWait {
+    Clock::time_point since;
+    Clock::time_point asked_at{};
+    Seconds reported{0};
+  };
+  void watch_share(const std::string& call, ShareWait& wait);
   void end_current(Channel& channel);
   Presence::Progress my_progress();
   const Request* find_request(int index, std::uint64_t sequence) const;

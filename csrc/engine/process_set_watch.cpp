@@ -70,6 +70,36 @@ void ProcessSet::watch(int index, Clock::time_point now) {
   }
 }
 
+void ProcessSet::watch_share(const std::string& call, ShareWait& wait) {
+  const Clock::time_point now = Clock::now();
+  const Seconds waited = now - wait.since;
+  if (waited < first_question(settings_)) return;
+  const bool must_ask = wait.asked_at < wait.since || now - wait.asked_at >= kAskEvery;
+  const Seconds next_warning = wait.reported + settings_.warn_after;
+  const bool must_look = waited >= std::min(next_warning, settings_.fail_after);
+  if (!must_ask && !must_look) return;
+  const std::lock_guard driver(driving_);  // answers come to the worker
+  if (is_broken()) return;
+  if (must_ask) {
+    wait.asked_at = now;
+    presence_.ask();
+  }
+  if (!must_look) return;
+  const Clock::time_point lately = now - std::chrono::duration_cast<Clock::duration>(kAnswerWithin);
+  // All have made the call, but for later ones.
+  const Presence::Missing missing =
+      presence_.find_missing(kBarriers, 0, std::max(wait.since, lately));
+  if (waited >= settings_.fail_after) {
+    break_down(
+        concat(call, ": gave up after ", seconds_text(settings_.fail_after), ": ", missing.text));
+    return;
+  }
+  wait.reported = waited;
+  log_.add(EventLog::Level::warning,
+           concat(call, " of ", name_, ": waiting for ", seconds_text(waited), ": ", missing.text,
+                  ". Gives up after ", seconds_text(settings_.fail_after), "."));
+}
+
 void ProcessSet::serve_peers(Clock::time_point now) {
   if (size() == 1 || is_over()) return;
   try {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 import weakref
@@ -12,7 +13,7 @@ import torch
 from inputs import assert_equal, assert_library_works, integers, of_all_ranks, total
 
 import adareduce.torch as hvd
-from adareduce.torch import handles as handles_module
+from adareduce.torch import handles
 
 
 @pytest.mark.openmpi_round
@@ -97,19 +98,19 @@ def test_tensors_are_let_go_when_their_call_was_synchronised():
         gc.collect()
         return alive() is None
 
-    before = set(handles_module._in_flight)  # of other tests that dropped handles
+    before = set(handles._in_flight)  # of other tests that dropped handles
     assert released(lambda tensor: hvd.allreduce_(tensor))
     assert released(lambda tensor: hvd.grouped_allreduce_([tensor, torch.ones(2)]))
     assert released(lambda tensor: hvd.broadcast_(tensor, 0))
     assert released(lambda tensor: hvd.synchronize(hvd.allreduce_async_(tensor)))
-    assert set(handles_module._in_flight) <= before
+    assert set(handles._in_flight) <= before
 
 
 def test_tensors_of_dropped_handles_do_not_pile_up():
     # At most twice as many as at the last look, when two calls were running, and a few.
-    most = 2 * 2 + handles_module._FEWEST_TO_LOOK_FOR
-    handles_module._in_flight.clear()  # of other tests; all of them have ended
-    handles_module._most_in_flight = most
+    most = 2 * 2 + handles._FEWEST_TO_LOOK_FOR
+    handles._in_flight.clear()  # of other tests; all of them have ended
+    handles._most_in_flight = most
     alive = []
     for _ in range(40):
         tensor = torch.ones(1000)
@@ -128,7 +129,7 @@ def test_calls_that_wait_tell_the_engine_so(rank, size, monkeypatch):
         waiting.append(arguments["collective"].name)
         return engine.submit(**arguments)
 
-    monkeypatch.setattr(handles_module, "_run", run)
+    monkeypatch.setattr(handles, "_run", run)
     calls = {
         "allreduce": lambda: hvd.allreduce_(torch.ones(3), name="x", op=hvd.Sum).tolist()
         == [size] * 3,
@@ -152,7 +153,7 @@ def test_calls_that_wait_tell_the_engine_so(rank, size, monkeypatch):
 
 
 def test_a_call_that_fails_while_it_waits_gives_back_its_name_and_its_tensors(rank, size):
-    before = set(handles_module._in_flight)
+    before = set(handles._in_flight)
     for _ in range(3):
         tensor = torch.ones(2 + rank)  # of another shape on each rank
         if size > 1:
@@ -160,7 +161,7 @@ def test_a_call_that_fails_while_it_waits_gives_back_its_name_and_its_tensors(ra
                 hvd.allreduce_(tensor, name="x")
         else:
             hvd.allreduce_(tensor, name="x")
-    assert set(handles_module._in_flight) <= before
+    assert set(handles._in_flight) <= before
     assert_library_works()
 
 
@@ -178,3 +179,30 @@ def test_several_threads_may_wait(size):
         results = list(pool.map(hvd.synchronize, handles))
     for i, result in enumerate(results):
         assert_equal(result, torch.full((100,), float(i * size)))
+
+
+@pytest.mark.min_ranks(2)
+def test_tensors_outlive_ctrl_c_right_behind_the_submission(rank, size, ranks, monkeypatch):
+    # The engine gives the wait back to Python, and the signal comes before anything else is done.
+    tensor = torch.full((1000,), rank + 1.0)
+    seen = weakref.ref(tensor)
+    if rank == 0:
+        run = handles._run
+
+        def interrupted(*arguments, **options):
+            run(*arguments, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(handles, "_run", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            hvd.allreduce_(tensor, name="x", op=hvd.Sum)
+        monkeypatch.setattr(handles, "_run", run)
+        del tensor
+        gc.collect()
+        assert seen() is not None
+        ranks.gather(None)
+    else:
+        ranks.gather(None)
+        hvd.allreduce_(tensor, name="x", op=hvd.Sum)
+    hvd.allreduce_(torch.ones(3))  # behind the other
+    assert_equal(seen(), torch.full((1000,), size * (size + 1) / 2))

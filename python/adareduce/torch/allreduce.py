@@ -18,7 +18,7 @@ from adareduce.runtime import (
 )
 from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.dispatch import submit_named
-from adareduce.torch.handles import Handle, hand_over, keep_alive
+from adareduce.torch.handles import Handle, hand_over, in_submission, keep_alive
 from adareduce.torch.tensors import (
     check_op,
     check_scales,
@@ -261,11 +261,18 @@ def _reduce_at_once(tensor: torch.Tensor, op: ReduceOp | None, process_set: Proc
     if plain is None:
         return False
     shape, code, address = plain
-    handle = current_job().engine.allreduce_at_once(
-        number, chosen_op, shape, code, address, address
-    )
+    engine = current_job().engine
+    kept = (tensor,)
+    in_submission[id(kept)] = kept
+    try:
+        handle = engine.allreduce_at_once(number, chosen_op, shape, code, address, address)
+        if handle is not None:
+            keep_alive(handle, kept)
+    except (HorovodInternalError, ValueError, TypeError):
+        in_submission.pop(id(kept), None)
+        raise
+    del in_submission[id(kept)]  # not after Ctrl-C: see submit
     if handle is not None:
-        keep_alive(handle, (tensor,), (tensor,))
         hand_over(handle, lambda _: None, None, process_set, blocking=True)
     mark_written((tensor,))
     return True

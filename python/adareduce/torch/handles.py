@@ -21,6 +21,8 @@ _run: Callable[..., _core.Handle] | None = getattr(_core.Engine, "run", None)
 
 # Tensors that the engine may read or write, kept alive by request. Each step on it is atomic.
 _in_flight: dict[_core.Handle, tuple[Any, ...]] = {}
+# The same of calls that are being submitted, by the id of the tuple.
+in_submission: dict[int, tuple[Any, ...]] = {}
 _FEWEST_TO_LOOK_FOR = 4
 _most_in_flight = _FEWEST_TO_LOOK_FOR
 
@@ -191,21 +193,30 @@ def submit(
     if process_set.process_set_id is None:
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
     start = engine.submit if _run is None or not blocking else partial(_run, engine)
-    request = start(
-        process_set=process_set.process_set_id,
-        collective=collective,
-        name=name or "",
-        op=op,
-        root=root,
-        prescale=prescale_factor,
-        postscale=postscale_factor,
-        tensors=describe_tensors(inputs, outputs, groups, known),
-        splits=splits,
-        has_statistics=groups is not None,
-        local_squares=local_squares,
-    )
-    if not blocking or not request.is_finished():
-        keep_alive(request, inputs, outputs)
+    kept = (inputs, outputs)
+    in_submission[id(kept)] = kept
+    try:
+        request = start(
+            process_set=process_set.process_set_id,
+            collective=collective,
+            name=name or "",
+            op=op,
+            root=root,
+            prescale=prescale_factor,
+            postscale=postscale_factor,
+            tensors=describe_tensors(inputs, outputs, groups, known),
+            splits=splits,
+            has_statistics=groups is not None,
+            local_squares=local_squares,
+        )
+        if not blocking or not request.is_finished():
+            keep_alive(request, *kept)
+    except (HorovodInternalError, ValueError, TypeError):  # nothing was submitted
+        in_submission.pop(id(kept), None)
+        raise
+    # Not after Ctrl-C, which may come right behind the submission: the engine has the tensors then
+    # and nobody has the request, so that they stay for ever.
+    in_submission.pop(id(kept), None)
     return request
 
 
