@@ -133,3 +133,36 @@ import threading
         assert "WARNING" in result.err[rank], str(result)
         used = float(result.out[rank].split("CPU ")[1].split()[0])
         assert used < MOST_CPU_SECONDS, str(result)
+
+
+def test_ctrl_c_in_an_allocation_is_told_to_the_others() -> None:
+    program = """
+hvd.init()
+folder = os.environ["ADAREDUCE_TEST_FOLDER"]
+if hvd.rank() == 0:
+    try:
+        mark("ready")
+        hvd.empty_shared(1000)
+    except KeyboardInterrupt:
+        say("INTERRUPTED")
+    mark("interrupted")
+else:
+    while not os.path.exists(os.path.join(folder, "interrupted")):
+        time.sleep(0.01)
+    try:
+        hvd.empty_shared(1000)
+    except hvd.HorovodInternalError as error:
+        say("SAW", error)
+hvd.shutdown()
+hvd.init()
+say(hvd.allreduce_(hvd.empty_shared(100_000).fill_(1), op=hvd.Sum).unique().tolist())
+"""
+    with mpirun.Job(2, script(program)) as job:
+        job.wait_for_file("ready")
+        job.send_signal(0, signal.SIGINT)
+        result = job.wait(ENDS_WITHIN)
+    assert result.returncode == 0, str(result)
+    assert result.out[0] == "INTERRUPTED\n[2.0]\n", str(result)
+    assert re.match(r"SAW empty_shared\(4000 bytes\): .*rank 0", result.out[1]), str(result)
+    assert result.out[1].endswith("[2.0]\n"), str(result)
+    assert result.left_behind == []

@@ -122,11 +122,14 @@ std::shared_ptr<SharedRegion> Engine::empty_shared(int process_set, std::int64_t
   agreement->rethrow();
   if (set->shared() == nullptr) return nullptr;
   try {
-    return set->share(bytes);
+    return set->share(bytes, poll);
   } catch (const SharedMemoryError&) {
     throw;  // on all ranks
-  } catch (const std::exception& error) {
+  } catch (const Error& error) {
     give_up(error.what());
+    throw;
+  } catch (...) {
+    give_up("its caller was interrupted");
     throw;
   }
 }

@@ -26,6 +26,7 @@ constexpr std::string_view kLaunchedWords =
     " Work that was enqueued on GPUs before the ranks were compared cannot be finished.";
 // Of descriptors between ranks that have all come.
 constexpr Seconds kLongestExchange{60};
+constexpr Seconds kPollEvery{0.2};
 constexpr std::string_view kAdvice = ". Call shutdown() and init() on every rank.";
 
 // What the choice for a large request goes by. Of an allgather as many from each rank as from here.
@@ -154,12 +155,18 @@ bool ProcessSet::is_busy() {
   });
 }
 
-std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes) {
+std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes,
+                                                const std::function<void()>& poll) {
   // Peers have agreed to come; one that dies or stops on the way breaks the set.
   const std::string call = concat("empty_shared(", bytes, " bytes)");
+  Clock::time_point polled_at = Clock::now();
   const GatherStrings gather = [&](const std::string& mine) {
     ShareWait wait{.since = Clock::now()};
     return gather_strings(*transports_.control, kShareTag, mine, 2 * settings_.fail_after, [&] {
+      if (const Clock::time_point now = Clock::now(); now - polled_at > kPollEvery) {
+        polled_at = now;
+        poll();
+      }
       watch_share(call, wait);
       if (is_broken()) throw TransportError(concat(call, ": ", *problem(), kAdvice));
     });

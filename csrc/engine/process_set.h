@@ -2,6 +2,7 @@
 #include <array>
 #include <atomic>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -59,7 +60,8 @@ class ProcessSet {
   /// Memory of `bytes` of every rank, which all of them map. Collective, after an agreement that
   /// all ranks call it; blocks. Only with shared(). Throws SharedMemoryError on all ranks where
   /// there is not enough, TransportError where a rank is lost.
-  std::shared_ptr<SharedRegion> share(std::int64_t bytes);
+  /// Throws what `poll` throws, which it calls now and then.
+  std::shared_ptr<SharedRegion> share(std::int64_t bytes, const std::function<void()>& poll);
 
   /// Held by a thread from its request for share() to the end.
   std::mutex& sharing() { return sharing_; }
