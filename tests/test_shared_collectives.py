@@ -165,6 +165,7 @@ def test_families_of_gram_matrices_agree_with_the_tree(
     assert_adasum(results, call, "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("family", [test_adasum.similar, nearly_cancelling])
 def test_a_tensor_that_does_not_fit_into_the_ring_passes_twice(
@@ -273,6 +274,7 @@ def test_large_reductions_have_the_bits_of_every_type(
             assert reference.same_bits(result.ravel(), expected), (op, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_a_sum_goes_round_the_ring_and_stays_exact(size: int) -> None:
     # Whole numbers that tell rank and place: what lies in a slot too early or too late is seen.
@@ -526,7 +528,7 @@ def test_reduce_scatter_of_several_dtypes_reuses_slots(rng: np.random.Generator)
 @pytest.mark.parametrize("numels", [[5, 0, 77], [100_000, 3, 0, 12_345], [5_000_000]])
 def test_broadcast_in_place_and_out_of_place(size: int, numels: list[int]) -> None:
     def body(rank: ThreadRank) -> None:
-        for root in {0, size - 1, size // 2}:
+        for root in {0, size - 1, size // 2} if sum(numels) < 1_000_000 else {size - 1}:
             mine = [np.arange(n, dtype=np.float32) + rank.rank for n in numels]
             results = rank.submit("broadcast", mine, root=root).wait()
             for index, (result, numel) in enumerate(zip(results, numels, strict=True)):

@@ -52,25 +52,29 @@ std::vector<std::string> gather_strings(Transport& transport, int tag, const std
   const Context context{transport, cpu_kernels()};
   const auto size = static_cast<std::size_t>(transport.size());
   const auto self = static_cast<std::size_t>(transport.rank());
+  auto bytes_of = std::make_unique<std::vector<std::int64_t>>(size, 0);
+  auto all = std::make_unique<std::string>();
   const auto run = [&](Task task) {
     const auto deadline = std::chrono::steady_clock::now() +
                           std::chrono::duration_cast<std::chrono::nanoseconds>(timeout);
     Backoff backoff;
-    while (!task.progress()) {
-      try {
+    try {
+      while (!task.progress()) {
         poll();
         if (std::chrono::steady_clock::now() > deadline)
           throw TransportError(concat("shared memory: not all ranks of the node have come within ",
                                       timeout.count(), " s"));
-      } catch (...) {
-        task.leak();  // messages may still arrive
-        throw;
+        backoff.pause();
       }
-      backoff.pause();
+    } catch (...) {
+      if (transport.may_write_late()) {  // neither the task nor its memory can be given back
+        task.leak();
+        (void)bytes_of.release();
+        (void)all.release();
+      }
+      throw;
     }
   };
-  // Leaked with the task where that is: what it writes to must stay.
-  auto* const bytes_of = new std::vector<std::int64_t>(size, 0);
   (*bytes_of)[self] = static_cast<std::int64_t>(mine.size());
   run(allgather_numbers(context, tag, *bytes_of, 1));
   std::int64_t begin = 0, total = 0;
@@ -78,7 +82,7 @@ std::vector<std::string> gather_strings(Transport& transport, int tag, const std
     if (rank == self) begin = total;
     total += (*bytes_of)[rank];
   }
-  auto* const all = new std::string(static_cast<std::size_t>(total), '\0');
+  all->resize(static_cast<std::size_t>(total));
   std::copy(mine.begin(), mine.end(), all->begin() + begin);
   run(allgather(context, tag, all->data(), *bytes_of));
   std::vector<std::string> texts;
@@ -87,8 +91,6 @@ std::vector<std::string> gather_strings(Transport& transport, int tag, const std
     texts.push_back(all->substr(at, static_cast<std::size_t>(bytes)));
     at += static_cast<std::size_t>(bytes);
   }
-  delete all;
-  delete bytes_of;
   return texts;
 }
 
