@@ -58,10 +58,10 @@ std::shared_ptr<Handle> submit(EngineHolder& self, int process_set, int collecti
                   .splits = std::move(splits),
                   .has_statistics = has_statistics,
                   .local_squares = std::move(local_squares)};
-  Engine& engine = self.get();
-  if constexpr (!drives) return engine.submit(process_set, std::move(request));
+  if constexpr (!drives) return self.get().submit(process_set, std::move(request));
   const py::gil_scoped_release no_gil;
-  return engine.submit(process_set, std::move(request), true);
+  const std::shared_lock use(*self.in_use);
+  return self.get().submit(process_set, std::move(request), true);
 }
 
 // An all-reduce of one contiguous tensor without a name, factors or statistics. None: it has ended.
@@ -77,9 +77,9 @@ std::shared_ptr<Handle> allreduce_at_once(EngineHolder& self, int process_set, i
   tensor.dtype = static_cast<DType>(dtype);
   tensor.input = reinterpret_cast<const void*>(input);
   tensor.output = reinterpret_cast<void*>(output);
-  Engine& engine = self.get();
   const py::gil_scoped_release no_gil;
-  return engine.run_at_once(process_set, request);
+  const std::shared_lock use(*self.in_use);
+  return self.get().run_at_once(process_set, request);
 }
 
 #define ADAREDUCE_SUBMIT_ARGUMENTS                                                              \
@@ -193,7 +193,12 @@ void bind_engine(py::module_& module) {
           py::kw_only(), py::arg("reason"), py::arg("is_orderly"), NoGil())
       .def("breakage", [](EngineHolder& self) { return self.get().breakage(); })
       .def(
-          "stop", [](EngineHolder& self) { self.engine.reset(); }, NoGil())
+          "stop",
+          [](EngineHolder& self) {
+            const std::unique_lock alone(*self.in_use);
+            self.engine.reset();
+          },
+          NoGil())
       .def("forget", [](EngineHolder& self) { (void)self.engine.release(); })
       .def(
           "next_event",

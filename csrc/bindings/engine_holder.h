@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <shared_mutex>
 #include <vector>
 
 #include "base/errors.h"
@@ -13,6 +14,8 @@ namespace adareduce {
 /// The engine, or nothing in a process that was forked from the one that has it.
 struct EngineHolder {
   std::unique_ptr<Engine> engine;
+  /// Shared by calls that work without the GIL, so that nobody stops the engine under them.
+  std::unique_ptr<std::shared_mutex> in_use = std::make_unique<std::shared_mutex>();
 
   Engine& get() {
     if (engine == nullptr)

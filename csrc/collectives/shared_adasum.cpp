@@ -183,6 +183,7 @@ Task shared_adasum(SharedContext context, const SharedSchedule& schedule, Shared
           co_await walk.wait(SharedMemory::kGram, chunk.ready);
           if (std::exchange(known, chunk.ready) != chunk.ready)
             co_await find_coefficients(walk, chunk, tree, orthogonality, coefficients);
+          if (walk.must_not_write()) co_await Never();
           combine_pieces(walk, chunk, coefficients, inputs);
         }
         walk.signal(SharedMemory::kCombined, index);

@@ -71,6 +71,7 @@ Task shared_reduce(SharedContext context, const SharedSchedule& schedule, Shared
         break;
       case SharedSchedule::combine:
         if (!walk.is_resident()) co_await walk.wait(SharedMemory::kPacked, index);
+        if (walk.must_not_write()) co_await Never();
         combine_chunk(walk, index, reduction, output, inputs);
         walk.signal(SharedMemory::kCombined, index);
         break;

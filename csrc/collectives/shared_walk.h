@@ -48,6 +48,10 @@ class SharedWalk {
   }
   bool is_mine(const SharedPiece& piece) const { return piece.owner == rank(); }
   bool is_resident() const { return tensors_.resident != nullptr; }
+  /// A rank has given up, and its tensors are its own again.
+  bool must_not_write() const {
+    return is_resident() && context_.memory.has_any(SharedMemory::kGone, 1);
+  }
 
   /// Chunks are counted over all requests, so that a counter never goes back.
   std::uint32_t epoch_of(int chunk) const { return base_ + static_cast<std::uint32_t>(chunk) + 1; }

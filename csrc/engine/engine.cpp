@@ -300,18 +300,15 @@ void Engine::run() {
     // Also in the middle of long transfers: peers that wait for another set want to know.
     const bool is_time_to_serve = now - last_service >= settings_.idle_tick;
     if (is_time_to_serve) {
-      last_service = now;
       report_deaths(sets, now);
+      bool are_all_served = true;
       for (const auto& set : sets)
-        guarded(*set, [&] {
+        are_all_served &= guarded(*set, [&] {
           set->serve_peers(now);
-          return true;
-        });
-      for (const auto& set : sets)
-        guarded(*set, [&] {
           set->watch_device(now);
           return true;
         });
+      if (are_all_served) last_service = now;  // else soon again
     }
     if (has_moved) {
       last_move = now;

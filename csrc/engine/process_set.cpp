@@ -260,7 +260,10 @@ void ProcessSet::end_current(Channel& channel) {
   channel.task.reset();
   channel.current->plan.reset();
   channel.current->handle.reset();
-  channel.ended = std::exchange(channel.current, std::nullopt);
+  {
+    const std::lock_guard lock(mutex_);
+    channel.ended = std::exchange(channel.current, std::nullopt);
+  }
   if (&channel != &channels_[kRequests]) return;  // a barrier must not touch a request's buffers
   if (workspace_.bytes() > settings_.keep_buffer_bytes) workspace_ = Workspace();
 }

@@ -135,6 +135,8 @@ class ProcessSet {
 
   std::shared_ptr<Handle> enqueue(int index, Request request);
   bool progress_channel(int index, Clock::time_point now);
+  std::shared_ptr<Handle> run_alone(const Request& request, const std::shared_ptr<const Plan>& plan,
+                                    const Header& header);
   static void name_if_nameless(Request& request, std::uint64_t sequence);
   void throw_if_unusable(const Request& request) const;
   bool start_next(Channel& channel, Clock::time_point now);

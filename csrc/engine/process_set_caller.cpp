@@ -18,33 +18,38 @@ void ProcessSet::drive(const Handle& handle) {
   const std::unique_lock driver(driving_, std::try_to_lock);
   if (!driver) return;
   set_longest_sleep(settings_.longest_sleep);
-  Clock::time_point last_move = Clock::now();
+  Clock::time_point last_move{};
   while (!handle.is_finished()) {
-    const Clock::time_point now = Clock::now();
     try {
-      if (progress(now)) {
-        last_move = now;
+      // A large request moves for long before it waits for the first time.
+      if (progress(Clock::now())) {
+        last_move = Clock::now();
         continue;
       }
     } catch (const std::exception& error) {
       break_down(concat(name_, ": ", error.what()));
       return;
     }
+    const Clock::time_point now = Clock::now();
+    if (last_move == Clock::time_point{}) last_move = now;  // it has begun
     if (now - last_move > kLongestDrive) return;
     if (!has_slept()) sched_yield();
   }
 }
 
 std::shared_ptr<Handle> ProcessSet::run_at_once(const Request& request) {
+  std::unique_lock driver(driving_, std::try_to_lock);
   const auto slowly = [&] {
+    if (driver) driver.unlock();
     auto handle = submit(request);
     drive(*handle);
     return handle;
   };
-  if (shared_ == nullptr || has_failure_.load(std::memory_order_acquire)) return slowly();
-  std::unique_lock driver(driving_, std::try_to_lock);
-  if (!driver) return slowly();
   Channel& channel = channels_[kRequests];
+  // The workspace belongs to the request under way, if there is one.
+  if (shared_ == nullptr || has_failure_.load(std::memory_order_acquire) || !driver ||
+      channel.current)
+    return slowly();
   const std::shared_ptr<const Plan> plan = plans_.get(request);
   bool is_idle = false;
   Header header;
@@ -52,16 +57,27 @@ std::shared_ptr<Handle> ProcessSet::run_at_once(const Request& request) {
     workspace_.reserve(*plan);  // not much
     const std::lock_guard lock(mutex_);
     throw_if_unusable(request);
-    is_idle = channel.queue.empty() && !channel.current;
+    is_idle = channel.queue.empty();
     if (is_idle) {
       header = {.sequence = channel.submitted++, .signature = signature_of(request)};
       last_call_ = {kRequests, header.sequence, std::nullopt};
     }
   }
-  if (!is_idle) {
-    driver.unlock();
-    return slowly();
+  if (!is_idle) return slowly();
+  try {
+    return run_alone(request, plan, header);
+  } catch (const std::exception& error) {
+    // The request has its number: the others count on this rank.
+    break_down(concat(describe(request), ": ", explain(error)));
+    throw;
   }
+}
+
+// The only request of its channel, small, numbered; null: it has ended well.
+std::shared_ptr<Handle> ProcessSet::run_alone(const Request& request,
+                                              const std::shared_ptr<const Plan>& plan,
+                                              const Header& header) {
+  Channel& channel = channels_[kRequests];
   shared_->post_payload(request, *plan, header.sequence);
   shared_->post(kRequests, header);
   auto posts = shared_->wait_for_posts(kRequests, header.sequence);

@@ -120,7 +120,7 @@ std::int64_t room_of_cgroups(const std::string& root, const std::string& cgroup,
   // ("/../x" in a namespace) only the mount point can be read.
   std::string below = cgroup;
   if (mount->root != "/" && below.starts_with(mount->root)) below.erase(0, mount->root.size());
-  if (below.find("..") != std::string::npos) below.clear();
+  if (below.find("..") != std::string::npos || !below.starts_with('/')) below.clear();
   std::int64_t room = kUnlimited;
   while (!below.empty() && below != "/") {
     room = std::min(room, room_of_cgroup(root + mount->point + below, version));

@@ -268,7 +268,7 @@ def _reduce_at_once(tensor: torch.Tensor, op: ReduceOp | None, process_set: Proc
         handle = engine.allreduce_at_once(number, chosen_op, shape, code, address, address)
         if handle is not None:
             keep_alive(handle, kept)
-    except (HorovodInternalError, ValueError, TypeError):
+    except Exception:
         in_submission.pop(id(kept), None)
         raise
     del in_submission[id(kept)]  # not after Ctrl-C: see submit

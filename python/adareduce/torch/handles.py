@@ -193,6 +193,7 @@ def submit(
     if process_set.process_set_id is None:
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
     start = engine.submit if _run is None or not blocking else partial(_run, engine)
+    tensors = describe_tensors(inputs, outputs, groups, known)
     kept = (inputs, outputs)
     in_submission[id(kept)] = kept
     try:
@@ -204,14 +205,14 @@ def submit(
             root=root,
             prescale=prescale_factor,
             postscale=postscale_factor,
-            tensors=describe_tensors(inputs, outputs, groups, known),
+            tensors=tensors,
             splits=splits,
             has_statistics=groups is not None,
             local_squares=local_squares,
         )
         if not blocking or not request.is_finished():
             keep_alive(request, *kept)
-    except (HorovodInternalError, ValueError, TypeError):  # nothing was submitted
+    except Exception:  # nothing was submitted
         in_submission.pop(id(kept), None)
         raise
     # Not after Ctrl-C, which may come right behind the submission: the engine has the tensors then
