@@ -61,6 +61,7 @@ class Enqueue {
       case Collective::barrier:
       case Collective::add_process_set:
       case Collective::cuda_path:
+      case Collective::empty_shared:
         break;
     }
     throw UsageError("this collective has no form on the device");
