@@ -162,10 +162,8 @@ if any(word.endswith("compare_job.py") for word in sys.orig_argv):
             tensor.view(-1)[-1] += 1
         return result
     hvd.allreduce_ = broken
-    import torch
-    if not hasattr(hvd, "empty_shared"):
-        hvd.empty_shared = lambda shape, dtype: torch.empty(shape, dtype=dtype)
-    hvd.shared_memory_choices = lambda: {"stores": "as the test says"}
+    said = hvd.SharedMemoryChoices(True, "", [("sums", "as the test says", 1)], {})
+    hvd.shared_memory_choices = lambda: said
 """
 # What compare_contenders.py calls of Horovod; it must be called between init and shutdown.
 HOROVOD = """
@@ -208,14 +206,14 @@ def test_one_wrong_element_on_one_rank_is_found_and_horovod_is_compared_where_it
                      "--environment", environment)  # fmt: skip
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAILED: elements were wrong:" in result.stdout
-    assert '{"stores": "as the test says"}' in result.stdout
+    assert '["sums", "as the test says", 1]' in result.stdout
     rows = {(r["op"], r["form"]): r for r in map(json.loads, file.read_text().splitlines())}
     for form in ("ordinary", "shared"):
         assert f"4K float32, 2 ranks, ours adasum {form}: " in result.stdout
         assert f"ours sum {form}: " not in result.stdout
         assert rows["adasum", form]["wrong"] > 0 == rows["sum", form]["wrong"]
     for (op, _), row in rows.items():
-        assert row["choices"] == {"stores": "as the test says"}
+        assert row["choices"]["choices"] == [["sums", "as the test says", 1]]
         assert row["peers"]["horovod"]["contender"] == f"horovod {op} each"
         assert row["peers"]["horovod"]["ratio"]["all"]["value"] > 0
         assert row["peers"]["horovod"]["wrong"] == 0

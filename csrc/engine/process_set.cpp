@@ -394,10 +394,13 @@ std::string ProcessSet::explain(const std::exception& error) const {
 // ---- the end ------------------------------------------------------------------------------------
 
 void ProcessSet::break_down(const std::string& text, bool tell_peers) {
+  if (is_broken()) return;
+  // First: who sees that the set is broken must hear of it from his launches, too.
+  const std::string advice = concat(text, kAdvice);
+  cuda_group_->abort(advice);
   std::deque<Work> orphans;
   {
     const std::lock_guard lock(mutex_);
-    if (is_broken_) return;
     is_broken_ = true;
     problem_ = text;
     for (Channel& channel : channels_) {
@@ -420,8 +423,6 @@ void ProcessSet::break_down(const std::string& text, bool tell_peers) {
   transports_.control->abandon();
   transports_.data->abandon();
   broken_at_ = Clock::now();
-  const std::string advice = concat(text, kAdvice);
-  cuda_group_->abort(advice);
   for (const Work& work : orphans) work.handle->fail(failure_of(work.request, advice));
 }
 
