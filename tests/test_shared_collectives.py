@@ -40,8 +40,8 @@ def run_shared(size: int, body: Callable[[ThreadRank], Any], **options: Any) -> 
     """`body` on ranks that meet in shared memory."""
 
     def checked(rank: ThreadRank) -> Any:
-        is_shared, why_not, _ = rank.engine.shared_memory(0)
-        assert is_shared, why_not
+        facts = rank.engine.shared_memory(0)
+        assert facts.is_used, facts.why_not
         return body(rank)
 
     return run_ranks(size, checked, settings(shared_memory=True, **options))
@@ -621,7 +621,7 @@ def test_two_process_sets_share_memory_of_their_own() -> None:
                 ranks = [0, 1, 2] if process_set == sets[0] else [2, 3]
                 assert (request.wait()[0] == sum(r + step for r in ranks)).all()
         for process_set in members:
-            assert rank.engine.shared_memory(process_set)[0]
+            assert rank.engine.shared_memory(process_set).is_used
 
     run_shared(4, body)
 
@@ -699,7 +699,7 @@ def test_repeating_a_call_visits_all_choices_and_keeps_its_bits(
     def body(rank: ThreadRank) -> list[Tensors]:
         results = [rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(3 * NUM_CHOICES)]
         if rank.rank == 0:
-            ((_, choice, requests),) = rank.engine.shared_memory(0)[2]
+            ((_, choice, requests),) = rank.engine.shared_memory(0).choices
             assert choice in testing.SharedTuning.choices()
             assert requests == 3 * NUM_CHOICES
         return results

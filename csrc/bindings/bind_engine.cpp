@@ -82,6 +82,12 @@ std::shared_ptr<Handle> allreduce_at_once(EngineHolder& self, int process_set, i
   return self.get().run_at_once(process_set, request);
 }
 
+// How a set shares memory.
+Engine::SharedFacts shared_facts(EngineHolder& self, int process_set) {
+  const py::gil_scoped_release no_gil;
+  return self.get().shared_facts(process_set);
+}
+
 #define ADAREDUCE_SUBMIT_ARGUMENTS                                                              \
   py::kw_only(), py::arg("process_set"), py::arg("collective"), py::arg("name"), py::arg("op"), \
       py::arg("root"), py::arg("prescale"), py::arg("postscale"), py::arg("tensors"),           \
@@ -143,6 +149,18 @@ void bind_engine(py::module_& module) {
       });
   bind_handle(module);
 
+  using Facts = Engine::SharedFacts;
+  py::class_<Facts>(module, "SharedFacts")
+      .def_readonly("is_used", &Facts::is_used)
+      .def_readonly("why_not", &Facts::why_not)
+      .def_property_readonly("choices",
+                             [](const Facts& facts) {
+                               std::vector<std::tuple<std::string, std::string, std::int64_t>> rows;
+                               for (const SharedTuning::Row& row : facts.choices)
+                                 rows.emplace_back(row.what, row.choice, row.requests);
+                               return rows;
+                             })
+      .def_readonly("requests", &Facts::requests);
   py::class_<EngineHolder> engine(module, "Engine");
   bind_device(module, engine);
   engine
@@ -154,19 +172,7 @@ void bind_engine(py::module_& module) {
       .def("run", &submit<true>, ADAREDUCE_SUBMIT_ARGUMENTS)
       .def("allreduce_at_once", &allreduce_at_once, py::arg("process_set"), py::arg("op"),
            py::arg("shape"), py::arg("dtype"), py::arg("input"), py::arg("output"))
-      .def(
-          "shared_memory",
-          [](EngineHolder& self, int process_set) {
-            const Engine::SharedFacts facts = [&] {
-              const py::gil_scoped_release no_gil;
-              return self.get().shared_facts(process_set);
-            }();
-            std::vector<std::tuple<std::string, std::string, std::int64_t>> choices;
-            for (const SharedTuning::Row& row : facts.choices)
-              choices.emplace_back(row.what, row.choice, row.requests);
-            return std::tuple(facts.is_used, facts.why_not, choices, facts.requests);
-          },
-          py::arg("process_set"))
+      .def("shared_memory", &shared_facts, py::arg("process_set"))
       .def(
           "empty_shared",
           [](EngineHolder& self, int process_set, std::int64_t bytes) {

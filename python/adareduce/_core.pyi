@@ -46,6 +46,12 @@ def local_adasum(
     num_workers: int, tensors: Sequence[tuple[int, int, Sequence[int], int]]
 ) -> list[float]: ...
 
+class SharedFacts:
+    is_used: bool
+    why_not: str
+    choices: list[tuple[str, str, int]]
+    requests: list[int]
+
 class Engine:
     @staticmethod
     def over_threads(
@@ -70,21 +76,7 @@ class Engine:
         has_statistics: bool = False,
         local_squares: Sequence[float] = (),
     ) -> Handle: ...
-    def run(
-        self,
-        *,
-        process_set: int,
-        collective: int,
-        name: str,
-        op: int,
-        root: int,
-        prescale: float,
-        postscale: float,
-        tensors: Sequence[tuple[Sequence[int], int, int, int, Sequence[int], int]],
-        splits: Sequence[int] = (),
-        has_statistics: bool = False,
-        local_squares: Sequence[float] = (),
-    ) -> Handle: ...
+    run = submit
     def allreduce_at_once(
         self,
         process_set: int,
@@ -95,9 +87,7 @@ class Engine:
         output: int,
     ) -> Handle | None: ...
     def empty_shared(self, *, process_set: int, bytes: int) -> Buffer | None: ...
-    def shared_memory(
-        self, process_set: int
-    ) -> tuple[bool, str, list[tuple[str, str, int]], list[int]]: ...
+    def shared_memory(self, process_set: int) -> SharedFacts: ...
     def attach_cuda(self, plugin: CapsuleType, wanted_path: int) -> None: ...
     def cuda_path(self, process_set: int, device: int) -> tuple[int, str]: ...
     def cuda_stream(self, process_set: int) -> int: ...

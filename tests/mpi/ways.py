@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import adareduce.torch as hvd
-from adareduce import runtime
 
 
 class Ways(NamedTuple):
@@ -19,13 +18,12 @@ class Ways(NamedTuple):
 
 def is_shared(process_set: hvd.ProcessSet = hvd.global_process_set) -> bool:
     """Whether the ranks of a process set share memory."""
-    is_used: bool = _facts(process_set)[0]
-    return is_used
+    return hvd.shared_memory_choices(process_set).used
 
 
 def ways(process_set: hvd.ProcessSet = hvd.global_process_set) -> Ways:
     """All requests since the process set was made."""
-    return Ways(*_facts(process_set)[3])
+    return Ways(*hvd.shared_memory_choices(process_set).requests.values())
 
 
 class Watch:
@@ -41,8 +39,3 @@ class Watch:
         added = Ways(*(after - before for before, after in zip(self._before, now, strict=True)))
         self._before = now
         return added
-
-
-def _facts(process_set: hvd.ProcessSet) -> tuple:
-    assert process_set.process_set_id is not None
-    return runtime.current_job().engine.shared_memory(process_set.process_set_id)

@@ -103,5 +103,6 @@ def shared_memory_choices(process_set: ProcessSet = global_process_set) -> Share
     if number is None:
         current_job()
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
-    used, why_not, choices, requests = current_job().engine.shared_memory(number)
-    return SharedMemoryChoices(used, why_not, choices, dict(zip(_ROUTES, requests, strict=True)))
+    facts = current_job().engine.shared_memory(number)
+    requests = dict(zip(_ROUTES, facts.requests, strict=True))
+    return SharedMemoryChoices(facts.is_used, facts.why_not, facts.choices, requests)
