@@ -121,24 +121,14 @@ Task find_coefficients(SharedWalk& walk, const SharedChunk& chunk, const GramTre
   }
 }
 
-void combine_pieces(SharedWalk& walk, const SharedChunk& chunk,
-                    const std::vector<double>& coefficients, std::vector<const void*>& inputs) {
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (!walk.is_mine(piece)) return;
-    const std::vector<const void*>& sources = walk.sources(chunk, piece);
-    const double* const c =
-        coefficients.data() + (piece.segment - chunk.segments.begin) * walk.size();
-    char* const result = walk.result_of(chunk, piece);
-    for (std::int64_t begin = 0; begin < piece.numel; begin += walk.block_numel()) {
-      const std::int64_t numel = std::min(walk.block_numel(), piece.numel - begin);
-      for (std::size_t r = 0; r < sources.size(); ++r)
-        inputs[r] = at(sources[r], begin, walk.width());
-      walk.context().peer_kernels.weighted_sum(
-          {.vectors = {inputs.data(), walk.size(), numel, walk.tensors().dtype},
-           .coefficients = c,
-           .out = at(result, begin, walk.width())});
-      walk.deliver(chunk, piece, begin, numel);
-    }
+void combine_pieces(SharedWalk& walk, int index, const std::vector<double>& coefficients) {
+  const std::int64_t first = walk.chunk(index).segments.begin;
+  combine_chunk(walk, index, [&](const SharedPiece& piece, const void* const* inputs,
+                                 std::int64_t numel, void* out) {
+    walk.context().peer_kernels.weighted_sum(
+        {.vectors = {inputs, walk.size(), numel, walk.tensors().dtype},
+         .coefficients = coefficients.data() + (piece.segment - first) * walk.size(),
+         .out = out});
   });
 }
 
@@ -150,7 +140,6 @@ Task shared_adasum(SharedContext context, const SharedSchedule& schedule, Shared
   std::vector<double> gram;          // this rank's parts
   std::vector<double> coefficients;  // of the segments that wait for chunk `known`
   int known = -1;
-  std::vector<const void*> inputs(index_of(walk.size()));
   // Who has been through with a chunk: the last work of the schedule.
   const auto last = walk.is_resident() ? SharedMemory::kCombined : SharedMemory::kUnpacked;
   std::size_t steps = 0;
@@ -160,9 +149,7 @@ Task shared_adasum(SharedContext context, const SharedSchedule& schedule, Shared
     switch (work) {
       case SharedSchedule::pack:
         co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
-        pack_chunk(walk, index, [&](const SharedPiece& piece) {
-          return !walk.is_mine(piece) || tensors.prescale != 1.0;
-        });
+        pack_for_owners(walk, index);
         break;
       case SharedSchedule::gram:
         if (chunk.has_gram) {
@@ -184,17 +171,14 @@ Task shared_adasum(SharedContext context, const SharedSchedule& schedule, Shared
           if (std::exchange(known, chunk.ready) != chunk.ready)
             co_await find_coefficients(walk, chunk, tree, orthogonality, coefficients);
           if (walk.must_not_write()) co_await Never();
-          combine_pieces(walk, chunk, coefficients, inputs);
+          combine_pieces(walk, index, coefficients);
         }
         walk.signal(SharedMemory::kCombined, index);
         break;
       case SharedSchedule::unpack:
         if (chunk.combines) {
           co_await walk.wait(SharedMemory::kCombined, index);
-          walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-            if (!walk.is_mine(piece))
-              walk.unpack(piece, 0, piece.numel, walk.slot(chunk, piece, piece.owner));
-          });
+          unpack_chunk(walk, index);
         }
         walk.signal(SharedMemory::kUnpacked, index);
         break;

@@ -1,53 +1,32 @@
 #include "collectives/shared_reduce.h"
 
-#include <algorithm>
-
 namespace adareduce {
 namespace {
 
-// Reduces the pieces of a chunk that are this rank's, block by block, so that a result is still in
-// the first-level cache when it is delivered.
-void combine_chunk(SharedWalk& walk, int index, const Reduction& reduction,
-                   const SquaresOutput& output, std::vector<const void*>& inputs) {
-  const SharedChunk& chunk = walk.chunk(index);
+void reduce_chunk(SharedWalk& walk, int index, const Reduction& reduction,
+                  const SquaresOutput& output) {
   const KernelTable& kernels = walk.context().kernels;
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (!walk.is_mine(piece)) return;
-    const std::vector<const void*>& sources = walk.sources(chunk, piece);
-    char* const result = walk.result_of(chunk, piece);
-    for (std::int64_t begin = 0; begin < piece.numel; begin += walk.block_numel()) {
-      const std::int64_t numel = std::min(walk.block_numel(), piece.numel - begin);
-      for (std::size_t r = 0; r < sources.size(); ++r)
-        inputs[r] = at(sources[r], begin, walk.width());
-      const ReduceArgs args{.op = reduction.op,
-                            .inputs = inputs.data(),
-                            .num_inputs = walk.size(),
-                            .out = at(result, begin, walk.width()),
-                            .numel = numel,
-                            .dtype = walk.tensors().dtype,
-                            .divisor = reduction.divisor};
-      if (output.num_groups == 0) {
-        kernels.reduce(args, {});
-      } else {
-        const TensorSegment segment{0, numel};
-        const SegmentTable table{&segment, nullptr, 1, nullptr};
-        kernels.reduce_squares({.reduce = args,
-                                .begin = 0,
-                                .segments = &table,
-                                .group_of = output.group_of + piece.segment,
-                                .squares = output.squares},
-                               {});
-      }
-      walk.deliver(chunk, piece, begin, numel);
+  combine_chunk(walk, index, [&](const SharedPiece& piece, const void* const* inputs,
+                                 std::int64_t numel, void* out) {
+    const ReduceArgs args{.op = reduction.op,
+                          .inputs = inputs,
+                          .num_inputs = walk.size(),
+                          .out = out,
+                          .numel = numel,
+                          .dtype = walk.tensors().dtype,
+                          .divisor = reduction.divisor};
+    if (output.num_groups == 0) {
+      kernels.reduce(args, {});
+      return;
     }
-  });
-}
-
-void unpack_chunk(const SharedWalk& walk, int index) {
-  const SharedChunk& chunk = walk.chunk(index);
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (!walk.is_mine(piece))
-      walk.unpack(piece, 0, piece.numel, walk.slot(chunk, piece, piece.owner));
+    const TensorSegment segment{0, numel};
+    const SegmentTable table{&segment, nullptr, 1, nullptr};
+    kernels.reduce_squares({.reduce = args,
+                            .begin = 0,
+                            .segments = &table,
+                            .group_of = output.group_of + piece.segment,
+                            .squares = output.squares},
+                           {});
   });
 }
 
@@ -56,7 +35,6 @@ void unpack_chunk(const SharedWalk& walk, int index) {
 Task shared_reduce(SharedContext context, const SharedSchedule& schedule, SharedTensors tensors,
                    Reduction reduction, SquaresOutput output) {
   SharedWalk walk(context, schedule, tensors);
-  std::vector<const void*> inputs(static_cast<std::size_t>(walk.size()));
   std::size_t steps = 0;
   for (const auto& [work, index] : schedule.steps) {
     if (++steps % kStepsPerBreath == 0) co_await Breath();
@@ -64,15 +42,12 @@ Task shared_reduce(SharedContext context, const SharedSchedule& schedule, Shared
     switch (work) {
       case SharedSchedule::pack:
         co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
-        // What it reduces itself it reads where it is.
-        pack_chunk(walk, index, [&](const SharedPiece& piece) {
-          return !walk.is_mine(piece) || tensors.prescale != 1.0;
-        });
+        pack_for_owners(walk, index);
         break;
       case SharedSchedule::combine:
         if (!walk.is_resident()) co_await walk.wait(SharedMemory::kPacked, index);
         if (walk.must_not_write()) co_await Never();
-        combine_chunk(walk, index, reduction, output, inputs);
+        reduce_chunk(walk, index, reduction, output);
         walk.signal(SharedMemory::kCombined, index);
         break;
       case SharedSchedule::unpack:
@@ -93,18 +68,15 @@ Task shared_reduce(SharedContext context, const SharedSchedule& schedule, Shared
 Task shared_scatter(SharedContext context, const SharedSchedule& schedule, SharedTensors tensors,
                     Reduction reduction) {
   SharedWalk walk(context, schedule, tensors);
-  std::vector<const void*> inputs(static_cast<std::size_t>(walk.size()));
   for (const auto& [work, index] : schedule.steps) {
     const SharedChunk& chunk = walk.chunk(index);
     if (work == SharedSchedule::pack) {
       co_await Breath();
       co_await walk.wait(SharedMemory::kUnpacked, chunk.slot_after);
-      pack_chunk(walk, index, [&](const SharedPiece& piece) {
-        return !walk.is_mine(piece) || tensors.prescale != 1.0;
-      });
+      pack_for_owners(walk, index);
     } else {
       co_await walk.wait(SharedMemory::kPacked, index);
-      combine_chunk(walk, index, reduction, {}, inputs);
+      reduce_chunk(walk, index, reduction, {});
       walk.signal(SharedMemory::kUnpacked, index);  // nothing is left to unpack
     }
   }

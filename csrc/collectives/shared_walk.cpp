@@ -1,7 +1,5 @@
 #include "collectives/shared_walk.h"
 
-#include <algorithm>
-
 namespace adareduce {
 namespace {
 
@@ -17,7 +15,8 @@ SharedWalk::SharedWalk(const SharedContext& context, const SharedSchedule& sched
       tensors_(tensors),
       width_(size_of(tensors.dtype)),
       base_(context.memory.chunks_done),
-      sources_(static_cast<std::size_t>(context.memory.size())) {}
+      sources_(static_cast<std::size_t>(context.memory.size())),
+      block_inputs_(sources_.size()) {}
 
 void SharedWalk::finish() {
   const std::uint32_t done = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
@@ -109,6 +108,21 @@ void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece, std
     context_.peer_kernels.copy(result, numel * width_, at(resident(piece, peer), begin, width_),
                                context_.streams);
   }
+}
+
+void pack_for_owners(const SharedWalk& walk, int index) {
+  // What it reduces itself it reads where it is.
+  const bool has_scaled = walk.tensors().prescale != 1.0;
+  pack_chunk(walk, index,
+             [&](const SharedPiece& piece) { return has_scaled || !walk.is_mine(piece); });
+}
+
+void unpack_chunk(const SharedWalk& walk, int index) {
+  const SharedChunk& chunk = walk.chunk(index);
+  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
+    if (!walk.is_mine(piece))
+      walk.unpack(piece, 0, piece.numel, walk.slot(chunk, piece, piece.owner));
+  });
 }
 
 Task add_totals(SharedMemory& memory, std::vector<double>& mine) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "collectives/context.h"
@@ -91,8 +92,9 @@ class SharedWalk {
   char* result_of(const SharedChunk& chunk, const SharedPiece& piece) const {
     return is_resident() ? resident(piece, rank()) : slot(chunk, piece, rank());
   }
-  /// Elements that pass through the first-level cache together.
+  /// Elements that pass through the first-level cache together, and room for their addresses.
   std::int64_t block_numel() const { return kBlockBytes / width_; }
+  std::vector<const void*>& block_inputs() { return block_inputs_; }
 
  private:
   static constexpr std::int64_t kBlockBytes = 16 << 10;
@@ -103,6 +105,7 @@ class SharedWalk {
   const std::int64_t width_;
   const std::uint32_t base_;
   std::vector<const void*> sources_;
+  std::vector<const void*> block_inputs_;
 };
 
 /// Step pack of a chunk: what this rank `gives`, a predicate on pieces.
@@ -114,6 +117,32 @@ void pack_chunk(const SharedWalk& walk, int index, Predicate&& gives) {
   });
   walk.signal(SharedMemory::kPacked, index);
 }
+
+/// Step pack of a reduction: what sources() of any rank reads in this rank's slot.
+void pack_for_owners(const SharedWalk& walk, int index);
+
+/// Step combine: kernel(piece, inputs, numel, out) for the pieces of a chunk that this rank reduces,
+/// block by block, so that a result is still in the first-level cache when it is delivered.
+template <typename Kernel>
+void combine_chunk(SharedWalk& walk, int index, Kernel&& kernel) {
+  const SharedChunk& chunk = walk.chunk(index);
+  std::vector<const void*>& inputs = walk.block_inputs();
+  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
+    if (!walk.is_mine(piece)) return;
+    const std::vector<const void*>& sources = walk.sources(chunk, piece);
+    char* const result = walk.result_of(chunk, piece);
+    for (std::int64_t begin = 0; begin < piece.numel; begin += walk.block_numel()) {
+      const std::int64_t numel = std::min(walk.block_numel(), piece.numel - begin);
+      for (std::size_t r = 0; r < sources.size(); ++r)
+        inputs[r] = at(sources[r], begin, walk.width());
+      kernel(piece, inputs.data(), numel, at(result, begin, walk.width()));
+      walk.deliver(chunk, piece, begin, numel);
+    }
+  });
+}
+
+/// Step unpack of a chunk: what other ranks have reduced, or given.
+void unpack_chunk(const SharedWalk& walk, int index);
 
 /// Gives the thread back now and then: a large request must not keep it from everything else.
 class Breath final : public Exchange {

@@ -4,40 +4,29 @@ namespace adareduce {
 namespace {
 
 template <const cpu::Runs& runs>
-constexpr KernelTable kTable{
-    "cpu",
-    cpu::pair_stats<runs>,
-    cpu::pair_combine<runs>,
-    cpu::pack<runs>,
-    cpu::unpack<runs>,
-    cpu::reduce<runs>,
-    cpu::reduce_squares<runs>,
-    cpu::contribute_leaf_squares,
-    cpu::collect_leaf_squares,
-    cpu::copy,
+struct CpuKernels {
+  static constexpr KernelTable kTable{
+      "cpu",
+      cpu::pair_stats<runs>,
+      cpu::pair_combine<runs>,
+      cpu::pack<runs>,
+      cpu::unpack<runs>,
+      cpu::reduce<runs>,
+      cpu::reduce_squares<runs>,
+      cpu::contribute_leaf_squares,
+      cpu::collect_leaf_squares,
+      cpu::copy,
+  };
 };
-
-const KernelTable& best_table() {
-  for (const std::string_view isa : {"avx512", "avx2"})
-    if (const KernelTable* table = cpu_kernels_for(isa)) return *table;
-  return kTable<cpu::kBaselineRuns>;
-}
 
 }  // namespace
 
 const KernelTable& cpu_kernels() {
-  static const KernelTable& best = best_table();
+  static const KernelTable& best = *cpu::best_table<CpuKernels>();
   return best;
 }
 
-const KernelTable* cpu_kernels_for(std::string_view isa) {
-  const cpu::Runs* runs = cpu::runs_for(isa);
-#ifdef __x86_64__
-  if (runs == &cpu::kAvx512Runs) return &kTable<cpu::kAvx512Runs>;
-  if (runs == &cpu::kAvx2Runs) return &kTable<cpu::kAvx2Runs>;
-#endif
-  return runs == nullptr ? nullptr : &kTable<cpu::kBaselineRuns>;
-}
+const KernelTable* cpu_kernels_for(std::string_view isa) { return cpu::table_for<CpuKernels>(isa); }
 
 const cpu::Runs* cpu::runs_for(std::string_view isa) {
   if (isa == "baseline") return &kBaselineRuns;

@@ -30,6 +30,25 @@ void finish_streams();
 /// The table for "baseline", "avx2" or "avx512"; null where this build or this CPU lacks it.
 const Runs* runs_for(std::string_view isa);
 
+/// For<runs>::kTable of that instruction set; null where this build or this CPU lacks it.
+template <template <const Runs&> class For>
+auto table_for(std::string_view isa) -> decltype(&For<kBaselineRuns>::kTable) {
+  const Runs* const runs = runs_for(isa);
+#ifdef __x86_64__
+  if (runs == &kAvx512Runs) return &For<kAvx512Runs>::kTable;
+  if (runs == &kAvx2Runs) return &For<kAvx2Runs>::kTable;
+#endif
+  return runs == nullptr ? nullptr : &For<kBaselineRuns>::kTable;
+}
+
+/// For<runs>::kTable of the widest instruction set that this CPU has.
+template <template <const Runs&> class For>
+auto best_table() -> decltype(&For<kBaselineRuns>::kTable) {
+  for (const std::string_view isa : {"avx512", "avx2"})
+    if (const auto* table = table_for<For>(isa)) return table;
+  return &For<kBaselineRuns>::kTable;
+}
+
 #ifdef __x86_64__
 #define ADAREDUCE_FOR_ALL_RUNS(macro) macro(kBaselineRuns) macro(kAvx2Runs) macro(kAvx512Runs)
 #else

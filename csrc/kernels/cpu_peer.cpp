@@ -53,28 +53,20 @@ void copy(const void* from, std::int64_t bytes, void* to, bool streams) {
 }
 
 template <const cpu::Runs& runs>
-constexpr PeerKernelTable kTable{gram<runs>, weighted_sum<runs>, node_stats<runs>, copy<runs>};
-
-const PeerKernelTable& best_table() {
-  for (const std::string_view isa : {"avx512", "avx2"})
-    if (const PeerKernelTable* table = cpu_peer_kernels_for(isa)) return *table;
-  return kTable<cpu::kBaselineRuns>;
-}
+struct PeerKernels {
+  static constexpr PeerKernelTable kTable{gram<runs>, weighted_sum<runs>, node_stats<runs>,
+                                          copy<runs>};
+};
 
 }  // namespace
 
 const PeerKernelTable& cpu_peer_kernels() {
-  static const PeerKernelTable& best = best_table();
+  static const PeerKernelTable& best = *cpu::best_table<PeerKernels>();
   return best;
 }
 
 const PeerKernelTable* cpu_peer_kernels_for(std::string_view isa) {
-  const cpu::Runs* runs = cpu::runs_for(isa);
-#ifdef __x86_64__
-  if (runs == &cpu::kAvx512Runs) return &kTable<cpu::kAvx512Runs>;
-  if (runs == &cpu::kAvx2Runs) return &kTable<cpu::kAvx2Runs>;
-#endif
-  return runs == nullptr ? nullptr : &kTable<cpu::kBaselineRuns>;
+  return cpu::table_for<PeerKernels>(isa);
 }
 
 }  // namespace adareduce

@@ -1,6 +1,7 @@
 // P virtual ranks of one process, each with a stream and buffers of its own, that run the kernels
 // over peers' memory. A C library for tests/peer_ranks.py: functions return null or an error's
-// text, which stays until the next call.
+// text, which stays until the
+// thread's next call.
 #include <cuda_runtime.h>
 
 #include <atomic>
@@ -9,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/peer_kernels.h"
 
@@ -164,24 +166,9 @@ struct Ranks {
   }
 };
 
-std::string last_error;
-
-template <typename Body>
-const char* guarded(Body&& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return last_error.c_str();
-  }
-}
-
 }  // namespace
 
 extern "C" {
-
-#define EXPORT __attribute__((visibility("default")))
 
 EXPORT const char* peers_make(int size, int num_blocks, int dtype, std::int64_t numel,
                               std::int64_t num_segments, const std::int64_t* offsets,

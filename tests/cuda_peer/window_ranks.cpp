@@ -6,31 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "guarded.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/peer_kernels.h"
 #include "transports/cuda_peer/peer_windows.h"
 
 namespace adareduce::cuda {
-namespace {
-
-thread_local std::string last_error;
-
-template <typename Body>
-const char* guarded(Body&& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return last_error.c_str();
-  }
-}
-
-}  // namespace
 
 extern "C" {
-
-#define EXPORT __attribute__((visibility("default")))
 
 // Hands this rank's bytes to all; fills `all` with those of `size` ranks, each `capacity` bytes
 // long at most, and `lengths`. Returns 0, or 1 where the other ranks are gone.

@@ -28,6 +28,7 @@ from adascale_reference import (
 )
 from no_host_reads import HostReadError, no_host_reads
 from torch.optim import lr_scheduler
+from training import step_with_scaler
 
 import adareduce.torch as hvd
 from adareduce.torch import device_gain, streams
@@ -242,13 +243,7 @@ def test_a_grad_scaler_costs_no_read_and_decides_alike(name, form, wrapping, cli
             loss = loss_of(model, step, rank, number) / 2
             scaler.scale(loss * (math.inf if overflows and rank == 0 else 1.0)).backward()
         with no_host_reads(optimizer):
-            if clips:
-                optimizer.synchronize()
-                scaler.unscale_(optimizer)
-                with optimizer.skip_synchronize():
-                    scaler.step(optimizer)
-            else:
-                scaler.step(optimizer)
+            step_with_scaler(scaler, optimizer, clips)
         scaler.update()
         if overflows:
             theirs[1]._steps._skipped += 1

@@ -24,6 +24,7 @@ from adascale_reference import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import step_with_scaler
 
 import adareduce.torch as hvd
 
@@ -79,14 +80,7 @@ def test_a_grad_scaler_decides_alike_on_all_ranks(clips, wrapping, rank, size, r
         for number in range(2):
             loss = loss_of(scaled, step, rank, number) / 2
             scaler.scale(loss * (math.inf if overflows and rank == 0 else 1.0)).backward()
-        if clips:
-            second.synchronize()
-            scaler.unscale_(second)
-            torch.nn.utils.clip_grad_norm_(scaled.parameters(), 1e6)
-            with second.skip_synchronize():
-                scaler.step(second)
-        else:
-            scaler.step(second)
+        step_with_scaler(scaler, second, clips, max_norm=1e6)
         scaler.update()
         if not overflows:
             backward(plain, first, step, rank, 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from inputs import assert_equal, assert_library_works, bits
 from torch.nn import functional
-from training import integer_parameters, plain_sgd
+from training import integer_parameters, plain_sgd, step_with_scaler
 from ways import Watch, is_shared
 
 import adareduce.torch as hvd
@@ -264,14 +264,7 @@ def test_gradient_scalers(clips):
         optimizer.zero_grad()
         overflows = step == 1 and hvd.rank() == 0
         scaler.scale(loss_of(model, step) * (float("inf") if overflows else 1.0)).backward()
-        if clips:
-            optimizer.synchronize()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-            with optimizer.skip_synchronize():
-                scaler.step(optimizer)
-        else:
-            scaler.step(optimizer)
+        step_with_scaler(scaler, optimizer, clips, max_norm=0.01)
         scaler.update()
 
     assert_same_course(train)

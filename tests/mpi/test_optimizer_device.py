@@ -6,12 +6,12 @@ Oracle: the same optimizer in torch's plain loop, which never saw a step that wa
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from adascale_reference import groups_of, loss_of, make_model
 from no_host_reads import HostReadError, no_host_reads
+from training import step_with_scaler
 
 import adareduce.torch as hvd
 
@@ -22,16 +22,6 @@ MAKERS = {
     "momentum": lambda p, **o: torch.optim.SGD(p, lr=0.05, momentum=0.9, **o),
     "AdamW": lambda p, **o: torch.optim.AdamW(p, lr=0.01, eps=1e-2, **o),
 }
-
-
-def step_with(scaler: Any, optimizer: Any, clips: bool) -> None:
-    if clips:
-        optimizer.synchronize()
-        scaler.unscale_(optimizer)
-        with optimizer.skip_synchronize():
-            scaler.step(optimizer)
-    else:
-        scaler.step(optimizer)
 
 
 @pytest.mark.parametrize("clips", [False, True])
@@ -54,7 +44,7 @@ def test_a_fused_one_with_a_grad_scaler_skips_on_all_ranks_and_the_host_reads_no
         loss = loss_of(scaled, step, rank)
         scaler.scale(loss * (math.inf if overflows and rank == size - 1 else 1.0)).backward()
         with no_host_reads():
-            step_with(scaler, first, clips)
+            step_with_scaler(scaler, first, clips)
         scaler.update()
         if overflows:
             assert all(torch.equal(a, b) for a, b in zip(before, scaled.parameters(), strict=True))

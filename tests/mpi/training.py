@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,3 +114,19 @@ def assert_equal_on_all_ranks(model: torch.nn.Module, ranks: Any) -> None:
         for parameter in model.parameters()
     ]
     assert len(set(map(tuple, ranks.gather(bits)))) == 1
+
+
+def step_with_scaler(
+    scaler: torch.amp.GradScaler, optimizer: Any, clips: bool, max_norm: float = math.inf
+) -> None:
+    """A step as the documents of GradScaler have it: alone, or with clipping in between."""
+    if not clips:
+        scaler.step(optimizer)
+        return
+    optimizer.synchronize()
+    scaler.unscale_(optimizer)
+    if max_norm < math.inf:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    with optimizer.skip_synchronize():
+        scaler.step(optimizer)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 import adareduce.torch as hvd
 from adareduce.bench import gpu, machine, plot
 from adareduce.bench.arguments import Settings, parse
-from adareduce.bench.cases import Allreduce, Case, make_case
+from adareduce.bench.cases import Allreduce, Case, InPlaceCase, make_case
 from adareduce.bench.inputs import poisoned_allocations
 from adareduce.bench.peers import Peers
 from adareduce.bench.ranks import Ranks
@@ -118,16 +119,7 @@ def _measure_row(case: Case, ranks: Ranks, peers: Peers | None, clock: HostClock
     settings = case.settings
     buffers = [tensor.clone() for tensor in case.inputs]
     wrong = _check(case, ranks, buffers)
-    contenders = [Contender(OUT_OF_PLACE, case.run, case.touch)]
-
-    def restore() -> None:
-        case.restore(buffers)
-
-    if case.runs_in_place:
-        contenders.append(Contender(IN_PLACE, lambda: case.run_in_place(buffers), restore))
-    if settings.stats and isinstance(case, Allreduce):
-        contenders.append(Contender(_PLAIN, lambda: case.run_plain(buffers), restore))
-        contenders.append(Contender(_STATS, lambda: case.run_with_stats(buffers), restore))
+    contenders = [Contender(OUT_OF_PLACE, case.run, case.touch), *_in_place(case, buffers)]
     able, missing = peers.contenders(case) if peers is not None else ([], {})
     everybody = [*contenders, *able]
     if settings.graph:
@@ -135,7 +127,7 @@ def _measure_row(case: Case, ranks: Ranks, peers: Peers | None, clock: HostClock
     seconds = measure(everybody, ranks, settings.warmup_iters, settings.iters, clock)
     round_trip = None if settings.on_gpu else ranks.core_round_trip_ns()
 
-    ours = seconds[IN_PLACE if case.runs_in_place else OUT_OF_PLACE]
+    ours = seconds.get(IN_PLACE, seconds[OUT_OF_PLACE])
     others = {
         peer.name: Other(summarise(seconds[peer.name]), ratio_of_medians(seconds[peer.name], ours))
         for peer in able
@@ -159,29 +151,43 @@ def _measure_row(case: Case, ranks: Ranks, peers: Peers | None, clock: HostClock
     )
 
 
+def _in_place(case: Case, buffers: list[torch.Tensor]) -> list[Contender]:
+    """The contenders that leave their outputs in `buffers`."""
+    if not isinstance(case, InPlaceCase):
+        return []
+    runs: dict[str, Callable[[list[torch.Tensor]], object]] = {IN_PLACE: case.run_in_place}
+    if case.settings.stats and isinstance(case, Allreduce):
+        runs |= {_PLAIN: case.run_plain, _STATS: case.run_with_stats}
+    restore = functools.partial(case.restore, buffers)
+    return [Contender(name, functools.partial(run, buffers), restore) for name, run in runs.items()]
+
+
 def _check(case: Case, ranks: Ranks, buffers: list[torch.Tensor]) -> dict[str, int | None]:
     """Wrong elements of each form that the case has; None where nothing is checked."""
-    forms = [OUT_OF_PLACE, IN_PLACE] if case.runs_in_place else [OUT_OF_PLACE]
+
+    def run_out_of_place() -> list[torch.Tensor]:
+        with poisoned_allocations():
+            return case.run()
+
+    runs = {OUT_OF_PLACE: run_out_of_place}
+    if isinstance(case, InPlaceCase):
+        runs[IN_PLACE] = functools.partial(_run_in_place, case, buffers)
     if not case.settings.check:
-        return dict.fromkeys(forms)
+        return dict.fromkeys(runs)
     expected = case.expected()
     found: dict[str, int | None] = {}
-    for form in forms:
-        calls = []
-        for _ in range(2):
-            if form == IN_PLACE:
-                case.restore(buffers)
-                calls.append([output.clone() for output in case.run_in_place(buffers)])
-            else:
-                with poisoned_allocations():
-                    calls.append(case.run())
-        first, second = calls
+    for form, run in runs.items():
         found[form] = count_wrong(
-            ranks, first, second, expected, case.dtype, ranks_agree=case.ranks_agree
+            ranks, run(), run(), expected, case.dtype, ranks_agree=case.ranks_agree
         )
     if case.settings.stats and isinstance(case, Allreduce):
         found[IN_PLACE] = (found[IN_PLACE] or 0) + _count_wrong_with_stats(case, ranks, buffers)
     return found
+
+
+def _run_in_place(case: InPlaceCase, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+    case.restore(buffers)
+    return [output.clone() for output in case.run_in_place(buffers)]
 
 
 def _count_wrong_with_stats(case: Allreduce, ranks: Ranks, buffers: list[torch.Tensor]) -> int:

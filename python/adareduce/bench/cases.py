@@ -41,7 +41,6 @@ class Case(abc.ABC):
     redop = "none"
     root = -1
     ranks_agree = True  # all ranks have the same outputs
-    runs_in_place = False
 
     def __init__(self, settings: Settings, total: int | list[int], rank: int, size: int) -> None:
         self.settings = settings
@@ -67,15 +66,6 @@ class Case(abc.ABC):
     @abc.abstractmethod
     def expected(self) -> list[list[Expected]]:
         """What each output of this rank must be, stretch by stretch."""
-
-    def run_in_place(self, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Where there is such a form. Collective, blocks."""
-        raise NotImplementedError(f"{self.settings.collective} has no form in place")
-
-    def restore(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Puts the inputs into the buffers of ``run_in_place``."""
-        for buffer, tensor in zip(buffers, self.inputs, strict=True):
-            buffer.copy_(tensor)
 
     def touch(self) -> None:
         """Reads the inputs, so that every contender finds its own in the cache, if they fit."""
@@ -108,6 +98,19 @@ class Case(abc.ABC):
         return [self._source.period(rank, index, self.numels[index]) for rank in range(self.size)]
 
 
+class InPlaceCase(Case):
+    """What can leave its outputs in the inputs."""
+
+    @abc.abstractmethod
+    def run_in_place(self, buffers: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Into the buffers that ``restore`` has filled. Collective, blocks."""
+
+    def restore(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Puts the inputs into the buffers of ``run_in_place``."""
+        for buffer, tensor in zip(buffers, self.inputs, strict=True):
+            buffer.copy_(tensor)
+
+
 class Reduction(Case):
     """What does arithmetic."""
 
@@ -117,10 +120,8 @@ class Reduction(Case):
         super().__init__(settings, total, rank, size)
 
 
-class Allreduce(Reduction):
+class Allreduce(Reduction, InPlaceCase):
     """Everybody gets the reduction of all."""
-
-    runs_in_place = True
 
     @staticmethod
     def factor(size: int) -> float:
@@ -278,10 +279,8 @@ class Alltoall(Case):
         return self.size
 
 
-class Broadcast(Case):
+class Broadcast(InPlaceCase):
     """Everybody gets what the root has."""
-
-    runs_in_place = True
 
     def __init__(self, settings: Settings, total: int | list[int], rank: int, size: int) -> None:
         self.root = settings.root

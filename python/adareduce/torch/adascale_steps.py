@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,33 +41,34 @@ class Parts:
         return [group["params"] for group in self.optimizer.param_groups]
 
 
-class Steps:
+class Steps(abc.ABC):
     """State of AdaScale beside the averages, and how a step is taken."""
 
     @property
+    @abc.abstractmethod
     def tau(self) -> torch.Tensor:
         """float64 (): scale-invariant steps."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def skipped(self) -> torch.Tensor:
         """int64 (): steps that were none."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def gain(self) -> torch.Tensor:
         """float64 (): the total gain."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def gains(self) -> torch.Tensor:
         """float64 (K,): what the groups' rates are multiplied by."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def keep_statistics(self) -> None:
         """Remembers what a reduction has found; gradients may be changed afterwards."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def take(
         self,
         step: Callable[[], None],
@@ -80,25 +82,26 @@ class Steps:
             grad_scale: What gradients are still multiplied by.
             found_inf: Above 0 where GradScaler has found an infinity.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def progress(self) -> Progress:
         """What the host knows."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def follow_estimator(self) -> None:
         """The estimator's count and scale have changed."""
 
+    @abc.abstractmethod
     def follow_optimizer(self, rates: str) -> None:
         """The optimizer has other groups, and maybe another form: ``choose_rates``."""
 
+    @abc.abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors only."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continues from ``state_dict()``."""
-        raise NotImplementedError
 
 
 class HostSteps(Steps):
@@ -166,6 +169,14 @@ class HostSteps(Steps):
     @override
     def progress(self) -> Progress:
         return Progress(self.tau.item(), self.gain.item(), int(self.skipped.item()))
+
+    @override
+    def follow_estimator(self) -> None:
+        """Every step reads it."""
+
+    @override
+    def follow_optimizer(self, rates: str) -> None:
+        """Every step multiplies the rates that it finds."""
 
     @override
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -36,6 +36,20 @@ EventPtr find_event(cudaEvent_t handle) {
   return nullptr;
 }
 
+// Where an event was recorded, for a question about it; or what speaks against asking now.
+cudaError_t ask_for_point(cudaEvent_t handle, Point* point) {
+  const EventPtr event = find_event(handle);
+  if (!event) return cudaErrorInvalidResourceHandle;
+  std::lock_guard lock(event->mutex);
+  if (event->captured.capture) {
+    invalidate(*event->captured.capture);
+    return cudaErrorCapturedEvent;
+  }
+  const cudaError_t refusal = check_unsafe_call();
+  if (refusal == cudaSuccess) *point = event->point;
+  return refusal;
+}
+
 }  // namespace
 }  // namespace cuda_emulation
 
@@ -106,32 +120,16 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream_handle, cudaEvent_t handle, 
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
-  const EventPtr event = find_event(handle);
-  if (!event) return note(cudaErrorInvalidResourceHandle);
-  std::lock_guard lock(event->mutex);
-  if (event->captured.capture) {
-    invalidate(*event->captured.capture);
-    return note(cudaErrorCapturedEvent);
-  }
-  const cudaError_t refusal = check_unsafe_call();
+  Point point;
+  const cudaError_t refusal = ask_for_point(handle, &point);
   if (refusal != cudaSuccess) return note(refusal);
-  return event->point.reached() ? cudaSuccess : note(cudaErrorNotReady);
+  return point.reached() ? cudaSuccess : note(cudaErrorNotReady);
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
-  const EventPtr event = find_event(handle);
-  if (!event) return note(cudaErrorInvalidResourceHandle);
   Point point;
-  {
-    std::lock_guard lock(event->mutex);
-    if (event->captured.capture) {
-      invalidate(*event->captured.capture);
-      return note(cudaErrorCapturedEvent);
-    }
-    const cudaError_t refusal = check_unsafe_call();
-    if (refusal != cudaSuccess) return note(refusal);
-    point = event->point;
-  }
+  const cudaError_t refusal = ask_for_point(handle, &point);
+  if (refusal != cudaSuccess) return note(refusal);
   count_host_wait();
   point.wait();
   return cudaSuccess;

@@ -165,6 +165,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> threa
   });
 }
 
+namespace {
+
+// What speaks against asking now how far a stream is.
+cudaError_t refuse_question(const StreamPtr& stream) {
+  cudaError_t refusal = refuse_captured(stream);
+  if (refusal == cudaSuccess) refusal = check_legacy_stream(*stream);
+  if (refusal == cudaSuccess) refusal = check_unsafe_call();
+  return refusal;
+}
+
+}  // namespace
 }  // namespace cuda_emulation
 
 using namespace cuda_emulation;
@@ -200,9 +211,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
   const StreamPtr stream = find_stream(handle);
   if (!stream) return note(cudaErrorInvalidResourceHandle);
-  cudaError_t refusal = refuse_captured(stream);
-  if (refusal == cudaSuccess) refusal = check_legacy_stream(*stream);
-  if (refusal == cudaSuccess) refusal = check_unsafe_call();
+  const cudaError_t refusal = refuse_question(stream);
   if (refusal != cudaSuccess) return note(refusal);
   count_host_wait();
   const Point point = enqueue_in_order(stream, [] {});
@@ -213,9 +222,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
   const StreamPtr stream = find_stream(handle);
   if (!stream) return note(cudaErrorInvalidResourceHandle);
-  cudaError_t refusal = refuse_captured(stream);
-  if (refusal == cudaSuccess) refusal = check_legacy_stream(*stream);
-  if (refusal == cudaSuccess) refusal = check_unsafe_call();
+  const cudaError_t refusal = refuse_question(stream);
   if (refusal != cudaSuccess) return note(refusal);
   return stream->has_done(stream->enqueued()) ? cudaSuccess : note(cudaErrorNotReady);
 }
