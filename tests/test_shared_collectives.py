@@ -434,9 +434,10 @@ def test_statistics_of_groups_agree_with_messages(
 
 
 @pytest.mark.parametrize("numel", [20, 50_000])
-def test_inf_and_nan_are_counted_in_their_tensor(numel: int) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_inf_and_nan_are_counted_in_their_tensor(dtype: str, numel: int) -> None:
     def body(rank: ThreadRank) -> list:
-        arrays = [np.ones(numel, np.float32) for _ in range(3)]
+        arrays = [np.ones(numel, dtype) for _ in range(3)]
         if rank.rank == 1:
             arrays[1][[3, numel - 5]] = np.inf, np.nan
         counts = []
@@ -448,6 +449,28 @@ def test_inf_and_nan_are_counted_in_their_tensor(numel: int) -> None:
 
     for counts in run_shared(3, body):
         assert counts == [[0, 2, 0], [0, 2, 0], [0, numel, 0]]
+
+
+def test_finite_results_whose_squares_are_not_are_not_counted() -> None:
+    def body(rank: ThreadRank) -> list:
+        arrays = [np.full(50_000, 1e300), np.full(50_000, 1e-300)]
+        if rank.rank == 1:
+            arrays[0][49_000] = np.inf
+        pending = rank.submit("allreduce", arrays, op="average", groups=[0, 1])
+        pending.wait()
+        return pending.handle.statistics()[2]
+
+    assert run_shared(3, body) == [[1, 0]] * 3
+
+
+def test_what_overflows_when_an_average_is_scaled_is_counted() -> None:
+    def body(rank: ThreadRank) -> list:
+        arrays = [np.full(50_000, 2e38, np.float32), np.ones(50_000, np.float32)]
+        pending = rank.submit("allreduce", arrays, op="average", postscale=2.0, groups=[0, 0])
+        pending.wait()
+        return pending.handle.statistics()[2]
+
+    assert run_shared(2, body) == [[50_000, 0]] * 2
 
 
 # ---- other collectives ---------------------------------------------------------------------------

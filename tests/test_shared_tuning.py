@@ -12,7 +12,7 @@ from adareduce._core import testing
 CHOICES = testing.SharedTuning.choices()
 MIB = 1 << 20
 BYTES = 20 * MIB
-FEW = 4 * len(CHOICES)  # requests after which one is preferred
+FEW = 8 * len(CHOICES)  # requests after which one is preferred
 LONG = 4000
 
 
@@ -40,9 +40,13 @@ def test_the_choices_differ() -> None:
     assert len(CHOICES) == len(set(CHOICES)) >= 2
 
 
-def test_all_are_tried_before_one_is_preferred() -> None:
+def test_the_first_is_taken_until_others_have_been_tried_now_and_then() -> None:
+    # A short program must not spend its calls on trials: none of its first three is one.
     proposed = run(testing.SharedTuning(), FEW, times(0))
-    assert set(proposed[: len(CHOICES)]) == set(range(len(CHOICES)))
+    assert proposed[:3] == [0, 0, 0]
+    counts = Counter(proposed)
+    assert all(counts[choice] >= 2 for choice in range(len(CHOICES)))
+    assert counts[0] >= 0.7 * FEW
 
 
 @pytest.mark.parametrize("fastest", range(len(CHOICES)))
@@ -87,9 +91,11 @@ def test_one_slow_request_changes_nothing() -> None:
 def test_the_first_sample_may_be_slow() -> None:
     # It pays for memory that is touched for the first time.
     tuning = testing.SharedTuning()
-    for _ in range(len(CHOICES)):
+    seen = set()
+    while 2 not in seen:
         choice = tuning.propose(False, BYTES)
         tuning.record(False, BYTES, choice, 50.0 if choice == 2 else times(2)[choice])
+        seen.add(choice)
     counts = Counter(run(tuning, FEW + LONG, times(2)))
     assert counts[2] >= 0.9 * LONG
 

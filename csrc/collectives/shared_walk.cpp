@@ -81,10 +81,21 @@ void SharedWalk::pack(const SharedPiece& piece, void* to) const {
 void SharedWalk::unpack(const SharedPiece& piece, std::int64_t begin, std::int64_t numel,
                         const void* from) const {
   void* const to = at(output(piece), begin, width_);
-  if (tensors_.postscale == 1.0 && tensors_.nonfinite == nullptr) {
+  const bool counts = tensors_.nonfinite != nullptr && !tensors_.owners_count;
+  if (tensors_.postscale == 1.0 && !counts) {
     if (to != from) context_.peer_kernels.copy(from, numel * width_, to, false);
     return;
   }
+  const std::int64_t count = unpack_and_count(from, to, numel, tensors_.postscale, counts);
+  if (counts) tensors_.nonfinite[piece.segment] += count;
+}
+
+std::int64_t SharedWalk::count_nonfinite(void* results, std::int64_t numel) const {
+  return unpack_and_count(results, results, numel, 1.0, true);
+}
+
+std::int64_t SharedWalk::unpack_and_count(const void* from, void* to, std::int64_t numel,
+                                          double scale, bool counts) const {
   const TensorSegment segment{0, numel};
   const SegmentTable table{&segment, nullptr, 1, nullptr};
   std::int64_t count = 0;
@@ -92,10 +103,10 @@ void SharedWalk::unpack(const SharedPiece& piece, std::int64_t begin, std::int64
                            .tensors = &to,
                            .dtype = tensors_.dtype,
                            .segments = &table,
-                           .scale = tensors_.postscale,
-                           .nonfinite = tensors_.nonfinite == nullptr ? nullptr : &count},
+                           .scale = scale,
+                           .nonfinite = counts ? &count : nullptr},
                           {});
-  if (tensors_.nonfinite != nullptr) tensors_.nonfinite[piece.segment] += count;
+  return count;
 }
 
 void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece, std::int64_t begin,

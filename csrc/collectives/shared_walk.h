@@ -27,6 +27,8 @@ struct SharedTensors {
   double prescale = 1.0;
   double postscale = 1.0;
   std::int64_t* nonfinite = nullptr;  ///< per segment: results that are inf or NaN, added to
+  /// `nonfinite` counts those that this rank reduces, not all that it gets.
+  bool owners_count = false;
   /// Where all ranks' tensors can be addressed: [segment * ranks + rank], results go to all of
   /// them. `inputs` and `outputs` are then this rank's, and prescale is 1.
   void* const* resident = nullptr;
@@ -85,6 +87,8 @@ class SharedWalk {
   /// Copies `numel` results from element `begin` of a piece to the output, times postscale.
   void unpack(const SharedPiece& piece, std::int64_t begin, std::int64_t numel,
               const void* from) const;
+  /// How many of some results are inf or NaN.
+  std::int64_t count_nonfinite(void* results, std::int64_t numel) const;
   /// Results of this rank have been written to result_of(): they go to the output and, where
   /// tensors are resident, to those of all ranks.
   void deliver(const SharedChunk& chunk, const SharedPiece& piece, std::int64_t begin,
@@ -98,6 +102,9 @@ class SharedWalk {
 
  private:
   static constexpr std::int64_t kBlockBytes = 16 << 10;
+
+  std::int64_t unpack_and_count(const void* from, void* to, std::int64_t numel, double scale,
+                                bool counts) const;
 
   const SharedContext context_;
   const SharedSchedule& schedule_;
@@ -121,8 +128,9 @@ void pack_chunk(const SharedWalk& walk, int index, Predicate&& gives) {
 /// Step pack of a reduction: what sources() of any rank reads in this rank's slot.
 void pack_for_owners(const SharedWalk& walk, int index);
 
-/// Step combine: kernel(piece, inputs, numel, out) for the pieces of a chunk that this rank reduces,
-/// block by block, so that a result is still in the first-level cache when it is delivered.
+/// Step combine: kernel(piece, inputs, numel, out) for the pieces of a chunk that this rank
+/// reduces, block by block, so that a result is still in the first-level cache when it is
+/// delivered.
 template <typename Kernel>
 void combine_chunk(SharedWalk& walk, int index, Kernel&& kernel) {
   const SharedChunk& chunk = walk.chunk(index);

@@ -284,7 +284,8 @@ void ProcessSet::prepare(Work& work) {
     if (!is_large) return;
     if (has_overlap(request, rank(), size())) work.header.flags |= kOverlaps;
     work.header.placement = shared_->placement_of(request);
-    if (rank() == 0)
+    // In place nothing goes through slots, and nothing is to be chosen.
+    if (rank() == 0 && work.header.placement == 0)
       work.header.choice = settings_.shared_choice.value_or(
           shared_->tuning().propose(request, bytes_moved(request, *work.plan, size())));
   } catch (const std::bad_alloc&) {

@@ -174,6 +174,9 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
   statistics.nonfinite.resize(request.has_statistics ? request.tensors.size() : 0);
   const std::int64_t num_groups = request.num_groups();
   std::vector<double> totals(index_of(num_groups * kSquaresPerGroup));
+  // Their squares tell who reduces them whether to count. Scaled ones may overflow afterwards.
+  const bool owners_count = request.op == ReduceOp::average && num_groups > 0 &&
+                            request.has_statistics && request.postscale == 1.0;
 
   for (std::size_t p = 0; p < plan.parts.size(); ++p) {
     const Plan::Part& part = plan.parts[p];
@@ -188,7 +191,8 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
     }
     if (request.has_statistics) addresses.nonfinite.resize(part.tensors.size());
     const SharedSchedule& schedule = schedule_of(node, request, plan, p, choice, is_resident);
-    const SharedTensors tensors = addresses.tensors(request, part.dtype);
+    SharedTensors tensors = addresses.tensors(request, part.dtype);
+    tensors.owners_count = owners_count;
     std::vector<double> orthogonality(has_orthogonality ? part.tensors.size() : 0);
     if (is_adasum)
       co_await shared_adasum(context, schedule, tensors, node.tree(),
@@ -204,9 +208,9 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
   }
   for (std::size_t g = 0; g < request.local_squares.size(); ++g)
     totals[g * kSquaresPerGroup] = request.local_squares[g];
-  // Where tensors are resident each rank has seen the results of its own pieces only.
+  // Where tensors are resident, too, each rank has seen the results of its own pieces only.
   const std::size_t num_squares = totals.size();
-  if (is_resident)
+  if (is_resident || owners_count)
     totals.insert(totals.end(), statistics.nonfinite.begin(), statistics.nonfinite.end());
   co_await add_totals(node.memory(), totals);
   for (std::size_t t = num_squares; t < totals.size(); ++t)

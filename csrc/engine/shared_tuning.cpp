@@ -9,9 +9,12 @@ namespace {
 
 constexpr std::int64_t kMiB = std::int64_t{1} << 20;
 constexpr std::array<std::int64_t, 4> kSizeLimits{2 * kMiB, 8 * kMiB, 32 * kMiB, 128 * kMiB};
-// Every candidate is tried so often before one is preferred, and one of so many requests tries
-// another later on.
+constexpr std::array<const char*, 4> kKindNames{"element by element", "Adasum", "reduce-scatter",
+                                                "moved as it is"};
+// The first candidate is what most machines like; one of so many requests tries another, more of
+// them until each has been tried so often.
 constexpr int kFirstTrials = 2;
+constexpr std::int64_t kFirstTryEvery = 4;
 constexpr std::int64_t kTryEvery = 24;
 // The part of a new sample in the running mean; the first ones count more.
 constexpr double kWeight = 0.25;
@@ -34,33 +37,49 @@ int SharedTuning::size_class(std::int64_t bytes) {
                           kSizeLimits.begin());
 }
 
+// The works of which a call consists differ: pack, Gram, combine, unpack.
+int SharedTuning::kind_of(const Request& request) {
+  switch (request.collective) {
+    case Collective::allreduce:
+      return request.op == ReduceOp::adasum ? 1 : 0;
+    case Collective::reducescatter:
+      return 2;
+    default:
+      return 3;
+  }
+}
+
 SharedTuning::Class& SharedTuning::class_of(const Request& request, std::int64_t bytes) {
-  const bool is_adasum = request.op == ReduceOp::adasum;
-  Class& of = classes_[is_adasum ? 1 : 0][static_cast<std::size_t>(size_class(bytes))];
+  Class& of = classes_[static_cast<std::size_t>(kind_of(request))]
+                      [static_cast<std::size_t>(size_class(bytes))];
   if (of.candidates.empty()) of.candidates.resize(choices().size());
   return of;
 }
 
 std::uint32_t SharedTuning::best(const Class& of) {
+  // One that has been tried once may have paid for pages that are touched for the first time.
+  const auto is_known = [](const Candidate& c) { return c.samples >= kFirstTrials; };
   const auto least = std::min_element(
-      of.candidates.begin(), of.candidates.end(), [](const Candidate& a, const Candidate& b) {
-        return a.samples > 0 && (b.samples == 0 || a.seconds_per_byte < b.seconds_per_byte);
+      of.candidates.begin(), of.candidates.end(), [&](const Candidate& a, const Candidate& b) {
+        return is_known(a) && (!is_known(b) || a.seconds_per_byte < b.seconds_per_byte);
       });
-  return static_cast<std::uint32_t>(least - of.candidates.begin());
+  return is_known(*least) ? static_cast<std::uint32_t>(least - of.candidates.begin()) : 0;
 }
 
 std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes) {
   const std::lock_guard lock(mutex_);
   Class& of = class_of(request, bytes);
-  const auto count = static_cast<std::int64_t>(of.candidates.size());
   const std::int64_t request_number = of.requests++;
   const auto fewest = std::min_element(
       of.candidates.begin(), of.candidates.end(),
       [](const Candidate& a, const Candidate& b) { return a.samples < b.samples; });
-  if (fewest->samples < kFirstTrials)
-    return static_cast<std::uint32_t>(fewest - of.candidates.begin());
+  if (fewest->samples < kFirstTrials) {
+    const bool tries = request_number % kFirstTryEvery == kFirstTryEvery - 1;
+    return tries ? static_cast<std::uint32_t>(fewest - of.candidates.begin()) : best(of);
+  }
   if (request_number % kTryEvery == 0)
-    return static_cast<std::uint32_t>(request_number / kTryEvery % count);
+    return static_cast<std::uint32_t>(request_number / kTryEvery %
+                                      static_cast<std::int64_t>(of.candidates.size()));
   return best(of);
 }
 
@@ -88,7 +107,7 @@ std::vector<SharedTuning::Row> SharedTuning::rows() const {
       const auto limit = [](int index) {
         return concat(kSizeLimits[static_cast<std::size_t>(index)] / kMiB, " MiB");
       };
-      rows.push_back({concat(kind == 1 ? "Adasum" : "element by element", ", ",
+      rows.push_back({concat(kKindNames[static_cast<std::size_t>(kind)], ", ",
                              size == 0            ? concat("below ", limit(0))
                              : size == kSizes - 1 ? concat("from ", limit(size - 1))
                                                   : concat(limit(size - 1), " to ", limit(size))),

@@ -34,7 +34,7 @@ class SharedTuning {
 
   /// What is proposed at present.
   struct Row {
-    std::string what;  ///< "sum of 16 to 32 MiB"
+    std::string what;  ///< "element by element, 8 MiB to 32 MiB"
     std::string choice;
     std::int64_t requests = 0;
   };
@@ -49,9 +49,10 @@ class SharedTuning {
     std::vector<Candidate> candidates;
     std::int64_t requests = 0;
   };
-  static constexpr int kKinds = 2;  ///< element by element, Adasum
+  static constexpr int kKinds = 4;
   static constexpr int kSizes = 5;  ///< below 2, 8, 32, 128 MiB, above
 
+  static int kind_of(const Request& request);
   static int size_class(std::int64_t bytes);
   Class& class_of(const Request& request, std::int64_t bytes);
   static std::uint32_t best(const Class& of);
