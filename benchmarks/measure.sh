@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures what docs/performance.md shows, on this machine and with this environment's MPI; adds
 # JSON lines to benchmarks/results. Takes some minutes; nothing else should run meanwhile.
-#   bash benchmarks/measure.sh [kernels] [collectives] [steps] [peers]
+#   bash benchmarks/measure.sh [kernels] [collectives] [steps] [peers] [traffic]
 #   then: python benchmarks/tables.py
 # peers: ADAREDUCE_ENVIRONMENTS names the environments, one for each MPI; this one where it is unset.
 set -euo pipefail
@@ -21,6 +21,8 @@ peers() {
   python benchmarks/compare_peers.py ${environments[@]+"${environments[@]}"} \
     --json $results/peers.jsonl
 }
+
+traffic() { mpirun -n 2 python benchmarks/memory_traffic.py --json $results/memory_traffic.jsonl; }
 
 kernels() {
   python benchmarks/kernels.py --json $results/kernels.jsonl
@@ -44,5 +46,5 @@ collectives() {
   done
 }
 
-if [ $# -eq 0 ]; then set -- kernels collectives steps peers; fi
+if [ $# -eq 0 ]; then set -- kernels collectives steps peers traffic; fi
 for part in "$@"; do $part; done

@@ -165,6 +165,19 @@ def targets(rows: list[Row]) -> str:
     return markdown(lines)
 
 
+def traffic(rows: list[Row]) -> str:
+    """What memory's works and the calls that consist of them take, and the limit by the model."""
+    lines = [["ranks", "work or call", "ms", "limit (ms)", "call / limit"]]
+    for row in rows:
+        for name, seconds in row["median_seconds"].items():
+            limit = row["limit_seconds"].get(name)
+            lines.append([
+                str(row["ranks"]), name, ms_text(seconds), "" if limit is None else ms_text(limit),
+                ratio_text(row["ratios"].get(name), ""),
+            ])  # fmt: skip
+    return markdown(lines)
+
+
 def gpu_kernels(rows: list[Row]) -> str:
     """CUDA kernels: GB/s, the share of a copy, and torch's time / ours."""
     lines = [["kernel", "type", "tensors", "size", "GB/s (share of a copy)", "torch / ours",
@@ -200,6 +213,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "steps": steps,
     "peers": peers,
     "targets": targets,
+    "traffic": traffic,
     "gpu_kernels": gpu_kernels,
     "gpu_collectives": gpu_collectives,
 }
@@ -210,6 +224,7 @@ KEYS = {
     "steps": ("ranks", "commit"),
     "peers": ("case", "ranks", "dtype", "op", "form", "mpi"),
     "targets": ("case", "ranks", "dtype", "op", "form", "mpi"),
+    "traffic": ("ranks",),
     "gpu_kernels": ("gpu", "kernel", "dtype", "set"),
     "gpu_collectives": (
         "gpu",

@@ -1,0 +1,180 @@
+"""What this machine's memory allows collectives between the ranks of one node.
+
+    mpirun -n 2 python benchmarks/memory_traffic.py --json benchmarks/results/memory_traffic.jsonl
+
+All ranks work at the same time, in turns with the calls that they are a limit for, on ResNet-50's
+gradients. "scale in place" reads and writes a rank's tensors once; "read" reads them once. "write
+lines" and "read lines" copy blocks that fit a cache: into memory that another rank has just read,
+and from memory that another rank has just written, so that every line moves between two cores.
+
+The limits are a model: times of these works, added up. With N bytes on each of P ranks, who has
+ordinary tensors reads and writes them once, writes N into shared lines (what others reduce, and
+what it has reduced) and reads 2 N (P - 1) / P; tensors in shared memory are read and written where
+they are. Adasum looks at tensors in shared memory a second time; at others it looks in a cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import adareduce.torch as hvd
+from adareduce.bench import machine, presets
+from adareduce.bench.ranks import Ranks
+from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
+
+_BLOCK_BYTES = 256 << 10
+_BLOCKS = 64  # of a repeat
+_WARMUPS = 3
+# The works whose times add up to a limit, and how often each is done.
+_LIMITS: dict[str, dict[str, float]] = {
+    "sum, ordinary": {"scale in place": 1, "write lines": 1, "read lines": 1},
+    "Adasum, ordinary": {"scale in place": 1, "write lines": 1, "read lines": 1},
+    "sum, shared": {"scale in place": 1},
+    "Adasum, shared": {"scale in place": 1, "read": 1},
+}
+
+
+class Lines:
+    """Blocks of memory that all ranks map: everybody writes its own and reads its neighbour's."""
+
+    def __init__(self, ranks: Ranks, num_bytes: int) -> None:
+        self._ranks = ranks
+        # A file of memory, whose name is gone as soon as all ranks have mapped it.
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            name = ranks.broadcast(file.name)
+            numel = ranks.size * _BLOCK_BYTES // 4
+            if ranks.rank == 0:
+                file.truncate(4 * numel)
+            ranks.align()
+            memory = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
+            ranks.align()
+        self._blocks = memory.view(ranks.size, -1)
+        self._private = torch.ones(_BLOCK_BYTES // 4)
+        self._scale = num_bytes / (_BLOCKS * _BLOCK_BYTES)
+
+    def seconds(self) -> dict[str, float]:
+        """What it takes to write all bytes once, and to read all that the neighbours have."""
+        mine = self._blocks[self._ranks.rank]
+        theirs = self._blocks[(self._ranks.rank + 1) % self._ranks.size]
+        share = 2 * (self._ranks.size - 1) / self._ranks.size
+        written, read = 0.0, 0.0
+        for _ in range(_BLOCKS):
+            self._ranks.align()
+            written += timed(lambda: mine.copy_(self._private))
+            self._ranks.align()
+            read += timed(lambda: self._private.copy_(theirs))
+        return {"write lines": written * self._scale, "read lines": read * self._scale * share}
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def calls(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
+    """The works on a rank's own memory, and the calls that the limits are for."""
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    flat, buffer = torch.ones(sum(numels)), hvd.empty_shared(sum(numels))
+    buffer.zero_()
+    ordinary, shared = list(flat.split(numels)), list(buffer.split(numels))
+    return {
+        "scale in place": lambda: flat.mul_(0.5),
+        "read": lambda: torch.dot(flat, flat),
+        # Averages, since sums of sums would overflow: what they cost is the same.
+        "sum, ordinary": lambda: hvd.grouped_allreduce_(ordinary, op=hvd.Average),
+        "Adasum, ordinary": lambda: hvd.grouped_allreduce_(ordinary, op=hvd.Adasum),
+        "sum, shared": lambda: hvd.grouped_allreduce_(shared, op=hvd.Average),
+        "Adasum, shared": lambda: hvd.grouped_allreduce_(shared, op=hvd.Adasum),
+    }
+
+
+def main() -> int:
+    """Prints a table, appends a JSON line; returns the exit status. Collective."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each work (20)")
+    parser.add_argument("--json", metavar="FILE", help="append a JSON line")
+    given = parser.parse_args()
+    if given.repeats < LEAST_REPEATS:
+        parser.error(f"--repeats must be at least {LEAST_REPEATS}, got {given.repeats}")
+    hvd.init()
+    torch.set_num_threads(1)
+    ranks = Ranks()
+    if len(set(ranks.hosts)) > 1 or ranks.size < 2:
+        raise SystemExit("memory_traffic.py: it must have 2 or more ranks, all on one host")
+    shapes = presets.resnet50()
+    num_bytes = 4 * sum(torch.Size(shape).numel() for shape in shapes)
+    works = calls(shapes)
+    lines = Lines(ranks, num_bytes)
+    found: dict[str, list[float]] = {name: [] for name in (*works, "write lines", "read lines")}
+    round_trips = []
+    for repeat in range(-_WARMUPS, given.repeats):
+        round_trip = ranks.core_round_trip_ns()
+        once = lines.seconds()
+        for name, run in works.items():
+            ranks.align()
+            once[name] = timed(run)
+        if repeat >= 0:
+            round_trips.append(round_trip)
+            for name, seconds in once.items():
+                found[name].append(seconds)
+    mine = torch.tensor([found[name] for name in found], dtype=torch.float64)
+    slowest = torch.stack(ranks.gather(mine)).amax(dim=0)
+    seconds_of = dict(zip(found, slowest, strict=True))
+    limits = {
+        name: torch.stack([count * seconds_of[work] for work, count in parts.items()]).sum(dim=0)
+        for name, parts in _LIMITS.items()
+    }
+    if ranks.rank == 0:
+        row = {
+            "ranks": ranks.size,
+            "bytes": num_bytes,
+            "median_seconds": {name: summarise(s).median for name, s in seconds_of.items()},
+            "limit_seconds": {name: summarise(s).median for name, s in limits.items()},
+            "ratios": {
+                name: ratio_of_medians(seconds_of[name], limit)._asdict()
+                for name, limit in limits.items()
+            },
+            "core_round_trip_ns": _median(round_trips),
+            "settings": {"repeats": given.repeats, "block_bytes": _BLOCK_BYTES},
+            **machine.describe(),
+        }
+        report(row)
+        if given.json:
+            with Path(given.json).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def report(row: dict) -> None:
+    """Prints the row."""
+    print(f"{row['ranks']} ranks, {row['bytes'] / 1e6:.0f} MB each")
+    for name, seconds in row["median_seconds"].items():
+        line = f"{name:<20} {1e3 * seconds:8.2f} ms"
+        if name in row["ratios"]:
+            ratio = row["ratios"][name]
+            line += (
+                f"  limit {1e3 * row['limit_seconds'][name]:8.2f} ms,"
+                f" ratio {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            )
+        print(line)
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = sorted(value for value in values if value is not None)
+    return known[len(known) // 2] if known else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

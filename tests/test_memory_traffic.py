@@ -1,0 +1,51 @@
+"""benchmarks/memory_traffic.py: that it runs and what its limits add up. Nothing looks at times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpirun
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import tables  # noqa: E402
+
+pytestmark = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")
+
+
+def run(ranks: int, file: Path) -> mpirun.Result:
+    script = str(ROOT / "benchmarks" / "memory_traffic.py")
+    return mpirun.run(
+        ranks, [sys.executable, script, "--repeats", "5", "--json", str(file)], limit=240.0
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_limits_are_made_of_works_that_were_measured(tmp_path: Path, ranks: int) -> None:
+    file = tmp_path / "rows.jsonl"
+    result = run(ranks, file)
+    assert result.returncode == 0, str(result)
+    assert result.left_behind == []
+    row = json.loads(file.read_text())
+    assert row["ranks"] == ranks
+    assert row["bytes"] == 4 * 25_557_032
+    names = {"sum, ordinary", "Adasum, ordinary", "sum, shared", "Adasum, shared"}
+    assert set(row["limit_seconds"]) == set(row["ratios"]) == names
+    medians = row["median_seconds"]
+    assert set(medians) == names | {"scale in place", "read", "write lines", "read lines"}
+    # Tensors that lie where all ranks see them need one pass, and nothing else.
+    assert row["limit_seconds"]["sum, shared"] == medians["scale in place"]
+    assert tables.traffic([row]).count("\n") == 1 + len(medians)
+    assert all(name in result.out[0] for name in names)
+    assert result.out[1:] == [""] * (ranks - 1)
+
+
+def test_one_rank_has_nobody_to_share_with(tmp_path: Path) -> None:
+    result = run(1, tmp_path / "rows.jsonl")
+    assert result.returncode != 0
+    assert "must have 2 or more ranks" in result.err[0]
+    assert not (tmp_path / "rows.jsonl").exists()
