@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,12 +34,12 @@ from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
 _BLOCK_BYTES = 256 << 10
 _BLOCKS = 64  # of a repeat
 _WARMUPS = 3
-# The works whose times add up to a limit, and how often each is done.
-_LIMITS: dict[str, dict[str, float]] = {
-    "sum, ordinary": {"scale in place": 1, "write lines": 1, "read lines": 1},
-    "Adasum, ordinary": {"scale in place": 1, "write lines": 1, "read lines": 1},
-    "sum, shared": {"scale in place": 1},
-    "Adasum, shared": {"scale in place": 1, "read": 1},
+# The works whose times add up to a limit.
+_LIMITS = {
+    "sum, ordinary": ["scale in place", "write lines", "read lines"],
+    "Adasum, ordinary": ["scale in place", "write lines", "read lines"],
+    "sum, shared": ["scale in place"],
+    "Adasum, shared": ["scale in place", "read"],
 }
 
 
@@ -58,6 +59,7 @@ class Lines:
             ranks.align()
         self._blocks = memory.view(ranks.size, -1)
         self._private = torch.ones(_BLOCK_BYTES // 4)
+        self._empty = torch.empty(0)  # what a call costs that copies nothing
         self._scale = num_bytes / (_BLOCKS * _BLOCK_BYTES)
 
     def seconds(self) -> dict[str, float]:
@@ -68,10 +70,17 @@ class Lines:
         written, read = 0.0, 0.0
         for _ in range(_BLOCKS):
             self._ranks.align()
-            written += timed(lambda: mine.copy_(self._private))
+            empty = timed(lambda: self._empty.copy_(self._empty))
+            written += timed(lambda: mine.copy_(self._private)) - empty
             self._ranks.align()
-            read += timed(lambda: self._private.copy_(theirs))
+            read += timed(lambda: self._private.copy_(theirs)) - empty
         return {"write lines": written * self._scale, "read lines": read * self._scale * share}
+
+
+def slowest(ranks: Ranks, mine: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Of each repeat the slowest rank's seconds."""
+    everybody = ranks.gather(mine)
+    return {name: torch.stack([theirs[name] for theirs in everybody]).amax(dim=0) for name in mine}
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -88,7 +97,7 @@ def calls(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
     buffer.zero_()
     ordinary, shared = list(flat.split(numels)), list(buffer.split(numels))
     return {
-        "scale in place": lambda: flat.mul_(0.5),
+        "scale in place": lambda: flat.mul_(-1.0),
         "read": lambda: torch.dot(flat, flat),
         # Averages, since sums of sums would overflow: what they cost is the same.
         "sum, ordinary": lambda: hvd.grouped_allreduce_(ordinary, op=hvd.Average),
@@ -129,13 +138,12 @@ def main() -> int:
             round_trips.append(round_trip)
             for name, seconds in once.items():
                 found[name].append(seconds)
-    mine = torch.tensor([found[name] for name in found], dtype=torch.float64)
-    slowest = torch.stack(ranks.gather(mine)).amax(dim=0)
-    seconds_of = dict(zip(found, slowest, strict=True))
-    limits = {
-        name: torch.stack([count * seconds_of[work] for work, count in parts.items()]).sum(dim=0)
-        for name, parts in _LIMITS.items()
-    }
+    mine = {name: torch.tensor(seconds, dtype=torch.float64) for name, seconds in found.items()}
+    sums = {name: sum(mine[work] for work in works) for name, works in _LIMITS.items()}
+    seconds_of, limits = slowest(ranks, mine), slowest(ranks, sums)
+    choices = hvd.shared_memory_choices()
+    if not choices.used or choices.requests["in place"] < 2 * given.repeats:
+        raise SystemExit(f"memory_traffic.py: ranks must share memory, got {choices}")
     if ranks.rank == 0:
         row = {
             "ranks": ranks.size,
@@ -148,6 +156,7 @@ def main() -> int:
             },
             "core_round_trip_ns": _median(round_trips),
             "settings": {"repeats": given.repeats, "block_bytes": _BLOCK_BYTES},
+            "choices": choices._asdict(),
             **machine.describe(),
         }
         report(row)

@@ -30,6 +30,7 @@ MOST_SMALL_BYTES = 128 << 10
 MOST_PAYLOAD_BYTES = 64 << 10
 RING = testing.SHARED_RING_BYTES
 NUM_CHOICES = len(testing.SharedTuning.choices())
+REQUESTS_THAT_TRY_ALL = 8 * NUM_CHOICES  # test_shared_tuning.py
 TINIEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-1074}
 
 Tensors = list[NDArray]
@@ -451,6 +452,25 @@ def test_inf_and_nan_are_counted_in_their_tensor(dtype: str, numel: int) -> None
         assert counts == [[0, 2, 0], [0, 2, 0], [0, numel, 0]]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_tensors_of_one_group_have_counts_of_their_own(dtype: str) -> None:
+    # Many blocks of 16 KiB, of which some have none, several in each tensor.
+    numel = 200_000
+    wrong = [list(range(7, numel, 1000)), [], [numel - 1], list(range(0, numel, 3))]
+
+    def body(rank: ThreadRank) -> list:
+        tensors = [np.ones(numel) for _ in wrong]
+        for number, (tensor, places) in enumerate(zip(tensors, wrong, strict=True)):
+            if rank.rank == number % 3:
+                tensor[places] = np.nan if number % 2 else np.inf
+        arrays = [to_storage(tensor, dtype) for tensor in tensors]
+        pending = rank.submit("allreduce", arrays, op="average", dtype=dtype, groups=[0, 0, 0, 0])
+        pending.wait()
+        return pending.handle.statistics()[2]
+
+    assert run_shared(3, body) == [[len(places) for places in wrong]] * 3
+
+
 def test_finite_results_whose_squares_are_not_are_not_counted() -> None:
     def body(rank: ThreadRank) -> list:
         arrays = [np.full(50_000, 1e300), np.full(50_000, 1e-300)]
@@ -465,8 +485,9 @@ def test_finite_results_whose_squares_are_not_are_not_counted() -> None:
 
 def test_what_overflows_when_an_average_is_scaled_is_counted() -> None:
     def body(rank: ThreadRank) -> list:
-        arrays = [np.full(50_000, 2e38, np.float32), np.ones(50_000, np.float32)]
-        pending = rank.submit("allreduce", arrays, op="average", postscale=2.0, groups=[0, 0])
+        # Neither the sum of two nor their average overflows.
+        arrays = [np.full(50_000, 1e38, np.float32), np.ones(50_000, np.float32)]
+        pending = rank.submit("allreduce", arrays, op="average", postscale=4.0, groups=[0, 0])
         pending.wait()
         return pending.handle.statistics()[2]
 
@@ -720,11 +741,13 @@ def test_repeating_a_call_visits_all_choices_and_keeps_its_bits(
     call = call_of(rng, test_adasum.similar, 2, [300_000, 5], "float32")
 
     def body(rank: ThreadRank) -> list[Tensors]:
-        results = [rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(3 * NUM_CHOICES)]
+        results = [
+            rank.grouped_allreduce(call[rank.rank], op=op) for _ in range(REQUESTS_THAT_TRY_ALL)
+        ]
         if rank.rank == 0:
             ((_, choice, requests),) = rank.engine.shared_memory(0).choices
             assert choice in testing.SharedTuning.choices()
-            assert requests == 3 * NUM_CHOICES
+            assert requests == REQUESTS_THAT_TRY_ALL
         return results
 
     first, *others = same_on_all(run_shared(2, body))

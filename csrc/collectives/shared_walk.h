@@ -27,7 +27,8 @@ struct SharedTensors {
   double prescale = 1.0;
   double postscale = 1.0;
   std::int64_t* nonfinite = nullptr;  ///< per segment: results that are inf or NaN, added to
-  /// `nonfinite` counts those that this rank reduces, not all that it gets.
+  /// `nonfinite` counts what this rank reduces, not all that it gets; who adds up all ranks' has
+  /// the same. For averages with squares, whose postscale is 1; the same on all ranks.
   bool owners_count = false;
   /// Where all ranks' tensors can be addressed: [segment * ranks + rank], results go to all of
   /// them. `inputs` and `outputs` are then this rank's, and prescale is 1.
@@ -87,7 +88,7 @@ class SharedWalk {
   /// Copies `numel` results from element `begin` of a piece to the output, times postscale.
   void unpack(const SharedPiece& piece, std::int64_t begin, std::int64_t numel,
               const void* from) const;
-  /// How many of some results are inf or NaN.
+  /// How many of some results are inf or NaN. Writes the same bytes back.
   std::int64_t count_nonfinite(void* results, std::int64_t numel) const;
   /// Results of this rank have been written to result_of(): they go to the output and, where
   /// tensors are resident, to those of all ranks.

@@ -284,10 +284,12 @@ void ProcessSet::prepare(Work& work) {
     if (!is_large) return;
     if (has_overlap(request, rank(), size())) work.header.flags |= kOverlaps;
     work.header.placement = shared_->placement_of(request);
+    if (rank() != 0) return;
     // In place nothing goes through slots, and nothing is to be chosen.
-    if (rank() == 0 && work.header.placement == 0)
-      work.header.choice = settings_.shared_choice.value_or(
-          shared_->tuning().propose(request, bytes_moved(request, *work.plan, size())));
+    work.has_proposal = !settings_.shared_choice && work.header.placement == 0;
+    work.header.choice = work.has_proposal ? shared_->tuning().propose(
+                                                 request, bytes_moved(request, *work.plan, size()))
+                                           : settings_.shared_choice.value_or(0);
   } catch (const std::bad_alloc&) {
     work.header.flags |= kFailed;
     work.request.flags |= kFailed;
@@ -335,7 +337,7 @@ Task ProcessSet::execute_agreed(Work& work, Result& result) {
                                   : routes.through_slots);
   const Clock::time_point begin = Clock::now();
   co_await execute_shared(*shared_, work.request, *work.plan, workspace_, work.header, result);
-  if (rank() == 0 && !work.plan->is_small && work.header.placement == 0)
+  if (work.has_proposal)
     shared_->tuning().record(work.request, bytes_moved(work.request, *work.plan, size()),
                              work.header.choice, Clock::now() - begin);
 }

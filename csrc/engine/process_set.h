@@ -106,8 +106,9 @@ class ProcessSet {
     std::shared_ptr<Handle> handle;
     std::shared_ptr<const Plan> plan;
     Header header;
-    bool is_shared = false;  ///< goes through shared memory
-    bool is_posted = false;  ///< its header is on the board
+    bool is_shared = false;     ///< goes through shared memory
+    bool is_posted = false;     ///< its header is on the board
+    bool has_proposal = false;  ///< its choice is the tuning's
   };
   struct Channel {
     int header_tag = 0;

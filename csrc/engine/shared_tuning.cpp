@@ -12,10 +12,11 @@ constexpr std::array<std::int64_t, 4> kSizeLimits{2 * kMiB, 8 * kMiB, 32 * kMiB,
 constexpr std::array<const char*, 4> kKindNames{"element by element", "Adasum", "reduce-scatter",
                                                 "moved as it is"};
 // The first candidate is what most machines like; one of so many requests tries another, more of
-// them until each has been tried so often.
+// them until each has been tried so often. Both are prime, so that a trial is not always the same
+// bucket of a step.
 constexpr int kFirstTrials = 2;
-constexpr std::int64_t kFirstTryEvery = 4;
-constexpr std::int64_t kTryEvery = 24;
+constexpr std::int64_t kFirstTryEvery = 5;
+constexpr std::int64_t kTryEvery = 23;
 // The part of a new sample in the running mean; the first ones count more.
 constexpr double kWeight = 0.25;
 

@@ -26,8 +26,8 @@ class SharedTuning {
  public:
   static const std::vector<SharedChoice>& choices();
 
-  /// Which of choices() this rank proposes for a request that moves `bytes`: mostly the best one,
-  /// now and then another, so that it notices when that has become better.
+  /// Which of choices() this rank proposes for a request that moves `bytes`: mostly the best one
+  /// (the first, until others are known), now and then another, to notice when that is better.
   std::uint32_t propose(const Request& request, std::int64_t bytes);
   /// What the request with this proposal took, from the agreement to the end.
   void record(const Request& request, std::int64_t bytes, std::uint32_t choice, Seconds took);

@@ -1,7 +1,6 @@
 // P virtual ranks of one process, each with a stream and buffers of its own, that run the kernels
 // over peers' memory. A C library for tests/peer_ranks.py: functions return null or an error's
-// text, which stays until the
-// thread's next call.
+// text, which stays until the thread's next call.
 #include <cuda_runtime.h>
 
 #include <atomic>
