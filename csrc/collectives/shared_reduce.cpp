@@ -6,28 +6,35 @@ namespace {
 void reduce_chunk(SharedWalk& walk, int index, const Reduction& reduction,
                   const SquaresOutput& output) {
   const KernelTable& kernels = walk.context().kernels;
-  combine_chunk(walk, index, [&](const SharedPiece& piece, const void* const* inputs,
-                                 std::int64_t numel, void* out) {
+  const bool has_squares = output.num_groups > 0;
+  const auto squares_of = [&](const SharedPiece& part) {
+    return has_squares ? output.squares + output.group_of[part.segment] * kSquaresPerGroup
+                       : nullptr;
+  };
+  const auto reduce = [&](const SharedPiece& part, const void* const* inputs, void* out,
+                          double* squares) {
     const ReduceArgs args{.op = reduction.op,
                           .inputs = inputs,
                           .num_inputs = walk.size(),
                           .out = out,
-                          .numel = numel,
+                          .numel = part.numel,
                           .dtype = walk.tensors().dtype,
                           .divisor = reduction.divisor};
-    if (output.num_groups == 0) {
+    if (!has_squares) {
       kernels.reduce(args, {});
       return;
     }
-    const TensorSegment segment{0, numel};
+    constexpr std::int32_t kOnlyGroup = 0;
+    const TensorSegment segment{0, part.numel};
     const SegmentTable table{&segment, nullptr, 1, nullptr};
     kernels.reduce_squares({.reduce = args,
                             .begin = 0,
                             .segments = &table,
-                            .group_of = output.group_of + piece.segment,
-                            .squares = output.squares},
+                            .group_of = &kOnlyGroup,
+                            .squares = squares},
                            {});
-  });
+  };
+  combine_chunk(walk, index, has_squares ? kSquaresPerGroup : 0, squares_of, reduce);
 }
 
 }  // namespace

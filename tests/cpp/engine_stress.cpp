@@ -5,6 +5,7 @@
 //
 // engine_stress         the ranks exchange messages
 // engine_stress shared  the ranks meet in shared memory
+// engine_stress shared workers  and have one to three workers each
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -528,6 +529,7 @@ void silent_rank(int size) {
 
 int main(int argc, char** argv) {
   uses_shared_memory = argc > 1 && std::string(argv[1]) == "shared";
+  uses_workers = argc > 2 && std::string(argv[2]) == "workers";
   if (uses_shared_memory)
     for (const int size : {2, 3, 5})
       for (int seed = 0; seed < 2; ++seed) large_requests(size, seed);
