@@ -6,6 +6,7 @@ Oracles: the same calls with one worker, bit for bit; the operating system's lis
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,12 +161,11 @@ def test_the_number_of_workers_is_read_from_the_environment(text: str, workers: 
     assert Settings.from_environment({}).workers == 1
 
 
-@pytest.mark.parametrize("wrong", ["0", "65", "-1", "2.0", "two", "1e3", " 2", "٣", "9" * 5000])
+@pytest.mark.parametrize("wrong", ["0", "65", "-1", "2.0", "two", "1e3", " 2", "٣", "9" * 50])
 def test_a_wrong_number_of_workers_is_refused(wrong: str) -> None:
-    with pytest.raises(ValueError) as raised:
-        Settings.from_environment({"ADAREDUCE_WORKERS": wrong})
     text = f"ADAREDUCE_WORKERS must be a number of threads, 1 to {MOST_WORKERS}, got {wrong!r}"
-    assert str(raised.value) == text
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        Settings.from_environment({"ADAREDUCE_WORKERS": wrong})
 
 
 @pytest.mark.parametrize("wrong", [-1, 0, MOST_WORKERS + 1])

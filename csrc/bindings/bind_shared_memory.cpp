@@ -171,8 +171,8 @@ void bind_regions(py::module_& module) {
            });
 }
 
-// How often each item was called, and how many threads took part. The first `meeting` items wait for
-// each other, so that as many threads are at work at the same time. What fails: an item, or all
+// How often each item was called, and how many threads took part. The first `meeting` items wait
+// for each other, so that as many threads are at work at the same time. What fails: an item, or all
 // that are not called by the caller's thread.
 std::pair<std::vector<int>, std::size_t> run_workers(Workers& workers, std::int64_t items,
                                                      int meeting, std::int64_t failing,

@@ -19,7 +19,7 @@ struct SharedContext {
   SharedMemory& memory;
   const KernelTable& kernels;
   const PeerKernelTable& peer_kernels;
-  bool streams = false;  ///< copies into slots leave nothing in this core's cache
+  bool streams = false;        ///< copies into slots leave nothing in this core's cache
   Workers* workers = nullptr;  ///< null: the calling thread does everything
 };
 
@@ -151,8 +151,8 @@ void SharedWalk::cut_pieces(const SharedChunk& chunk, std::int64_t longest, Pred
     if (!picks(piece)) return;
     for (std::int64_t begin = 0; begin < piece.numel;) {
       const std::int64_t numel = std::min(longest, piece.numel - begin);
-      body(SharedPiece{piece.segment, piece.owner, piece.begin + begin, numel,
-                       piece.place + begin});
+      body(
+          SharedPiece{piece.segment, piece.owner, piece.begin + begin, numel, piece.place + begin});
       begin += numel;
     }
   });

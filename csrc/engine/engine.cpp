@@ -76,8 +76,8 @@ std::shared_ptr<ProcessSet> Engine::connect(std::string name, const std::vector<
                                             int id) {
   TransportPair transports = transports_->connect(ranks, id);
   std::string why_not;
-  auto shared = SharedNode::make(*transports.control, ranks, layout_, settings_, kernels_, workers_,
-                                 why_not);
+  auto shared =
+      SharedNode::make(*transports.control, ranks, layout_, settings_, kernels_, workers_, why_not);
   {
     const std::lock_guard lock(mutex_);
     why_not_shared_[id] = why_not;

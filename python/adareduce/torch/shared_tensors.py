@@ -107,6 +107,4 @@ def shared_memory_choices(process_set: ProcessSet = global_process_set) -> Share
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
     facts = current_job().engine.shared_memory(number)
     requests = dict(zip(_ROUTES, facts.requests, strict=True))
-    return SharedMemoryChoices(
-        facts.is_used, facts.why_not, facts.choices, requests, facts.workers
-    )
+    return SharedMemoryChoices(facts.is_used, facts.why_not, facts.choices, requests, facts.workers)
