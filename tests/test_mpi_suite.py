@@ -66,6 +66,16 @@ def test_collectives_pass_on_ranks_without_shared_memory() -> None:
 
 @needs_mpi
 @pytest.mark.slow
+@pytest.mark.skipif(mpirun.flavour() == "Open MPI", reason="Open MPI runs the short round")
+def test_collectives_pass_on_ranks_with_two_workers() -> None:
+    names = ("adasum", "adascale", "allreduce", "broadcast_allgather", "large_messages",
+             "process_sets", "shared_tensors")  # fmt: skip
+    files = [MPI_TESTS / f"test_{name}.py" for name in names]
+    run_suite(2, files=files, variables={"ADAREDUCE_WORKERS": "2"})
+
+
+@needs_mpi
+@pytest.mark.slow
 @pytest.mark.openmpi_round
 @pytest.mark.skipif(mpirun.flavour() != "Open MPI", reason="the whole suite runs with MPICH")
 @pytest.mark.parametrize("num_ranks", [2, 3])

@@ -45,6 +45,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "kernels_check",
         "engine_stress",
         "engine_stress shared",
+        "engine_stress shared workers",
         "device_stress",
         "shared_memory_stress",
     ],

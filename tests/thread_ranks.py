@@ -61,12 +61,14 @@ def settings(
     fail_after: float = 20.0,
     shared_memory: bool = USES_SHARED_MEMORY,
     shared_choice: int | None = None,
+    workers: int = 1,
 ) -> _core.Settings:
     return _core.Settings(
         warn_after=warn_after,
         fail_after=fail_after,
         shared_memory=shared_memory,
         shared_choice=shared_choice,
+        workers=workers,
     )
 
 
@@ -199,8 +201,9 @@ class ThreadRank:
 class Job:
     """The threads of one run_ranks."""
 
-    def __init__(self, size: int, options: _core.Settings) -> None:
-        self.world, self.options = _core.ThreadWorld(size), options
+    def __init__(self, size: int, options: _core.Settings | Sequence[_core.Settings]) -> None:
+        self.world = _core.ThreadWorld(size)
+        self.options = [options] * size if isinstance(options, _core.Settings) else options
         self.size = size
         self.has_hung = threading.Event()
         self.results: list[Any] = [None] * size
@@ -212,7 +215,7 @@ class Job:
 
     def run_rank(self, number: int, body: Callable[[ThreadRank], Any]) -> None:
         try:
-            engine = _core.Engine.over_threads(self.world, number, self.options)
+            engine = _core.Engine.over_threads(self.world, number, self.options[number])
             rank = ThreadRank(self, engine)
             try:
                 self.results[number] = body(rank)
@@ -266,7 +269,12 @@ def all_stacks() -> str:
 
 
 def run_ranks(
-    size: int, body: Callable[[ThreadRank], Any], options: _core.Settings | None = None
+    size: int,
+    body: Callable[[ThreadRank], Any],
+    options: _core.Settings | Sequence[_core.Settings] | None = None,
 ) -> list[Any]:
-    """What `body` returns on each rank; fails with the traceback of every rank that raised."""
+    """What `body` returns on each rank; fails with the traceback of every rank that raised.
+
+    `options` are those of all ranks, or a list with those of each.
+    """
     return Job(size, options or settings()).run(body)

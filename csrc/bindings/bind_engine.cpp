@@ -6,6 +6,7 @@
 #include "bindings/engine_holder.h"
 #include "bootstrap/mpi_bootstrap.h"
 #include "bootstrap/thread_bootstrap.h"
+#include "collectives/workers.h"
 #include "engine/shared_tuning.h"
 #include "transports/plugin_transport.h"
 #include "transports/thread_transport.h"
@@ -127,7 +128,7 @@ void bind_handle(py::module_& module) {
 void bind_engine(py::module_& module) {
   py::class_<Settings>(module, "Settings")
       .def(py::init([](double warn_after, double fail_after, bool shared_memory,
-                       std::optional<std::uint32_t> shared_choice) {
+                       std::optional<std::uint32_t> shared_choice, int workers) {
              Settings settings;
              settings.warn_after = Seconds{warn_after};
              settings.fail_after = Seconds{fail_after};
@@ -137,10 +138,15 @@ void bind_engine(py::module_& module) {
                throw UsageError(concat("Settings: shared_choice must be below ", count, ", got ",
                                        *shared_choice));
              settings.shared_choice = shared_choice;
+             if (workers < 1 || workers > Workers::kMost)
+               throw UsageError(
+                   concat("Settings: workers must be 1 ... ", Workers::kMost, ", got ", workers));
+             settings.workers = workers;
              return settings;
            }),
            py::kw_only(), py::arg("warn_after"), py::arg("fail_after"),
-           py::arg("shared_memory") = false, py::arg("shared_choice") = py::none());
+           py::arg("shared_memory") = false, py::arg("shared_choice") = py::none(),
+           py::arg("workers") = 1);
   py::class_<ThreadWorld, std::shared_ptr<ThreadWorld>>(module, "ThreadWorld")
       .def(py::init<int>(), py::arg("size"))
       .def("traffic", [](ThreadWorld& world) {
@@ -153,6 +159,7 @@ void bind_engine(py::module_& module) {
   py::class_<Facts>(module, "SharedFacts")
       .def_readonly("is_used", &Facts::is_used)
       .def_readonly("why_not", &Facts::why_not)
+      .def_readonly("workers", &Facts::workers)
       .def_property_readonly("choices",
                              [](const Facts& facts) {
                                std::vector<std::tuple<std::string, std::string, std::int64_t>> rows;

@@ -1,9 +1,15 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <numeric>
+#include <thread>
 
+#include "base/errors.h"
 #include "bindings/bindings.h"
+#include "collectives/workers.h"
 #include "transports/shared_memory/epochs.h"
 #include "transports/shared_memory/memory_room.h"
 #include "transports/shared_memory/shared_regions.h"
@@ -165,6 +171,45 @@ void bind_regions(py::module_& module) {
            });
 }
 
+// How often each item was called, and how many threads took part. The first `meeting` items wait
+// for each other, so that as many threads are at work at the same time. What fails: an item, or all
+// that are not called by the caller's thread.
+std::pair<std::vector<int>, std::size_t> run_workers(Workers& workers, std::int64_t items,
+                                                     int meeting, std::int64_t failing,
+                                                     bool fails_elsewhere) {
+  const auto count = static_cast<std::size_t>(items);
+  std::vector<std::atomic<int>> calls(count);
+  std::vector<std::thread::id> threads(count);
+  std::atomic<int> present{0};
+  const std::thread::id caller = std::this_thread::get_id();
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+  workers.run(items, [&](std::int64_t item) {
+    const auto place = static_cast<std::size_t>(item);
+    ++calls[place];
+    threads[place] = std::this_thread::get_id();
+    if (item < meeting) ++present;
+    while (item < meeting && present < meeting) {
+      if (std::chrono::steady_clock::now() > deadline)
+        throw UsageError(concat("only ", present.load(), " of ", meeting, " have come"));
+      std::this_thread::yield();
+    }
+    if (item == failing || (fails_elsewhere && threads[place] != caller))
+      throw UsageError(concat("item ", item));
+  });
+  std::sort(threads.begin(), threads.end());
+  const auto end = std::unique(threads.begin(), threads.end());
+  return {{calls.begin(), calls.end()}, static_cast<std::size_t>(end - threads.begin())};
+}
+
+void bind_workers(py::module_& module) {
+  py::class_<Workers>(module, "Workers")
+      .def(py::init<int>(), "count"_a)
+      .def_property_readonly("count", &Workers::count)
+      .def("stop_spinning", &Workers::stop_spinning)
+      .def("run", &run_workers, "items"_a, "meeting"_a = 0, "failing"_a = -1,
+           "fails_elsewhere"_a = false, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 void bind_shared_memory(py::module_& module) {
@@ -172,6 +217,7 @@ void bind_shared_memory(py::module_& module) {
   bind_windows(module);
   bind_epochs(module);
   bind_regions(module);
+  bind_workers(module);
 }
 
 }  // namespace adareduce

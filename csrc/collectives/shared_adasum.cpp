@@ -13,13 +13,18 @@ std::size_t index_of(std::int64_t index) { return static_cast<std::size_t>(index
 // Adds the products of this rank's pieces of a chunk to [segments of the chunk][numbers].
 void add_products(SharedWalk& walk, const SharedChunk& chunk, std::vector<double>& gram) {
   const std::int64_t numel = gram_numel(walk.size());
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (!walk.is_mine(piece)) return;
-    const std::vector<const void*>& sources = walk.sources(chunk, piece);
-    walk.context().peer_kernels.gram(
-        {.vectors = {sources.data(), walk.size(), piece.numel, walk.tensors().dtype},
-         .gram = gram.data() + (piece.segment - chunk.segments.begin) * numel});
-  });
+  walk.for_each_part(
+      chunk, {.num_inputs = walk.size(), .num_sums = numel},
+      [&](const SharedPiece& piece) { return walk.is_mine(piece); },
+      [&](const SharedPiece& piece) {
+        return gram.data() + (piece.segment - chunk.segments.begin) * numel;
+      },
+      [&](const SharedPiece& piece, double* products) {
+        const SharedWalk::Sources sources = walk.sources(chunk, piece);
+        walk.context().peer_kernels.gram(
+            {.vectors = {sources.data(), walk.size(), piece.numel, walk.tensors().dtype},
+             .gram = products});
+      });
 }
 
 // The Gram matrix of a segment, from all ranks' parts.
@@ -59,9 +64,10 @@ Task add_level(SharedWalk& walk, const SharedChunk& chunk, std::int64_t segment,
   std::vector<const void*> inputs(index_of(walk.size()));
   for (const SharedPiece& piece : pieces) {
     if (walk.is_resident()) {
-      if (walk.is_mine(piece))
-        levels.add(walk.context().peer_kernels, {walk.sources(chunk, piece).data(), walk.size(),
-                                                 piece.numel, walk.tensors().dtype});
+      if (!walk.is_mine(piece)) continue;
+      const SharedWalk::Sources sources = walk.sources(chunk, piece);
+      levels.add(walk.context().peer_kernels,
+                 {sources.data(), walk.size(), piece.numel, walk.tensors().dtype});
       continue;
     }
     // Two areas in turn: whoever fills one again has seen that all have begun the round after it.
@@ -123,14 +129,14 @@ Task find_coefficients(SharedWalk& walk, const SharedChunk& chunk, const GramTre
 
 void combine_pieces(SharedWalk& walk, int index, const std::vector<double>& coefficients) {
   const std::int64_t first = walk.chunk(index).segments.begin;
-  combine_chunk(
-      walk, index,
-      [&](const SharedPiece& piece, const void* const* inputs, std::int64_t numel, void* out) {
-        walk.context().peer_kernels.weighted_sum(
-            {.vectors = {inputs, walk.size(), numel, walk.tensors().dtype},
-             .coefficients = coefficients.data() + (piece.segment - first) * walk.size(),
-             .out = out});
-      });
+  const auto no_sums = [](const SharedPiece&) -> double* { return nullptr; };
+  combine_chunk(walk, index, 0, no_sums,
+                [&](const SharedPiece& part, const void* const* inputs, void* out, double*) {
+                  walk.context().peer_kernels.weighted_sum(
+                      {.vectors = {inputs, walk.size(), part.numel, walk.tensors().dtype},
+                       .coefficients = coefficients.data() + (part.segment - first) * walk.size(),
+                       .out = out});
+                });
 }
 
 }  // namespace

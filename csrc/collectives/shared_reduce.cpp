@@ -6,43 +6,48 @@
 namespace adareduce {
 namespace {
 
-// reduce() of a block of one segment that also adds up squares. Where these are finite, an average
-// has no element that is not, and need not be looked at again.
+// reduce() of a block of one segment that also adds up squares; `sums` are no other thread's. Where
+// the block's own are finite, an average has no element that is not: it need not be looked at
+// again.
 void reduce_and_square(const SharedWalk& walk, const ReduceArgs& args, std::int64_t segment,
-                       const SquaresOutput& output) {
+                       double* sums) {
+  constexpr std::int32_t kOnlyGroup = 0;
   const TensorSegment whole{0, args.numel};
   const SegmentTable table{&whole, nullptr, 1, nullptr};
-  const std::int32_t group = 0;
   std::array<double, kSquaresPerGroup> squares{};
   walk.context().kernels.reduce_squares({.reduce = args,
                                          .begin = 0,
                                          .segments = &table,
-                                         .group_of = &group,
+                                         .group_of = &kOnlyGroup,
                                          .squares = squares.data()},
                                         {});
-  double* const sums = output.squares + output.group_of[segment] * kSquaresPerGroup;
   for (std::size_t i = 0; i < squares.size(); ++i) sums[i] += squares[i];
   if (walk.tensors().owners_count && !std::isfinite(squares[1]))
-    walk.tensors().nonfinite[segment] += walk.count_nonfinite(args.out, args.numel);
+    walk.add_nonfinite(segment, walk.count_nonfinite(args.out, args.numel));
 }
 
 void reduce_chunk(SharedWalk& walk, int index, const Reduction& reduction,
                   const SquaresOutput& output) {
-  combine_chunk(
-      walk, index,
-      [&](const SharedPiece& piece, const void* const* inputs, std::int64_t numel, void* out) {
-        const ReduceArgs args{.op = reduction.op,
-                              .inputs = inputs,
-                              .num_inputs = walk.size(),
-                              .out = out,
-                              .numel = numel,
-                              .dtype = walk.tensors().dtype,
-                              .divisor = reduction.divisor};
-        if (output.num_groups == 0)
-          walk.context().kernels.reduce(args, {});
-        else
-          reduce_and_square(walk, args, piece.segment, output);
-      });
+  const bool has_squares = output.num_groups > 0;
+  const auto squares_of = [&](const SharedPiece& part) {
+    return has_squares ? output.squares + output.group_of[part.segment] * kSquaresPerGroup
+                       : nullptr;
+  };
+  const auto reduce = [&](const SharedPiece& part, const void* const* inputs, void* out,
+                          double* squares) {
+    const ReduceArgs args{.op = reduction.op,
+                          .inputs = inputs,
+                          .num_inputs = walk.size(),
+                          .out = out,
+                          .numel = part.numel,
+                          .dtype = walk.tensors().dtype,
+                          .divisor = reduction.divisor};
+    if (has_squares)
+      reduce_and_square(walk, args, part.segment, squares);
+    else
+      walk.context().kernels.reduce(args, {});
+  };
+  combine_chunk(walk, index, has_squares ? kSquaresPerGroup : 0, squares_of, reduce);
 }
 
 }  // namespace

@@ -54,6 +54,8 @@ struct SharedGeometry {
   std::int64_t max_segments = 0;  ///< whose Gram matrices fit into one place
   int gram_places = 0;
 };
+/// Most ranks that share memory.
+inline constexpr std::size_t kMaxSharedRanks = 64;
 inline constexpr int kMinSlots = 6;
 inline constexpr std::int64_t kMaxTileBytes = std::int64_t{1} << 20;
 

@@ -1,5 +1,7 @@
 #include "collectives/shared_walk.h"
 
+#include <atomic>
+
 namespace adareduce {
 namespace {
 
@@ -14,9 +16,7 @@ SharedWalk::SharedWalk(const SharedContext& context, const SharedSchedule& sched
       schedule_(schedule),
       tensors_(tensors),
       width_(size_of(tensors.dtype)),
-      base_(context.memory.chunks_done),
-      sources_(static_cast<std::size_t>(context.memory.size())),
-      block_inputs_(sources_.size()) {}
+      base_(context.memory.chunks_done) {}
 
 void SharedWalk::finish() {
   const std::uint32_t done = base_ + static_cast<std::uint32_t>(schedule_.chunks.size());
@@ -45,10 +45,10 @@ char* SharedWalk::resident(const SharedPiece& piece, Rank rank) const {
   return at(tensors_.resident[piece.segment * size() + rank], piece.begin, width_);
 }
 
-const std::vector<const void*>& SharedWalk::sources(const SharedChunk& chunk,
-                                                    const SharedPiece& piece) {
+SharedWalk::Sources SharedWalk::sources(const SharedChunk& chunk, const SharedPiece& piece) const {
+  Sources places;
   for (Rank r = 0; r < size(); ++r) {
-    const void*& source = sources_[static_cast<std::size_t>(r)];
+    const void*& source = places[static_cast<std::size_t>(r)];
     if (is_resident())
       source = resident(piece, r);
     else if (r == rank() && tensors_.prescale == 1.0)
@@ -56,7 +56,7 @@ const std::vector<const void*>& SharedWalk::sources(const SharedChunk& chunk,
     else
       source = slot(chunk, piece, r);
   }
-  return sources_;
+  return places;
 }
 
 void SharedWalk::pack(const SharedPiece& piece, void* to) const {
@@ -78,20 +78,25 @@ void SharedWalk::pack(const SharedPiece& piece, void* to) const {
                         {});
 }
 
-void SharedWalk::unpack(const SharedPiece& piece, std::int64_t begin, std::int64_t numel,
-                        const void* from) const {
-  void* const to = at(output(piece), begin, width_);
+void SharedWalk::unpack(const SharedPiece& piece, const void* from) const {
+  void* const to = output(piece);
   const bool counts = tensors_.nonfinite != nullptr && !tensors_.owners_count;
   if (tensors_.postscale == 1.0 && !counts) {
-    if (to != from) context_.peer_kernels.copy(from, numel * width_, to, false);
+    if (to != from) context_.peer_kernels.copy(from, piece.numel * width_, to, false);
     return;
   }
-  const std::int64_t count = unpack_and_count(from, to, numel, tensors_.postscale, counts);
-  if (counts) tensors_.nonfinite[piece.segment] += count;
+  const std::int64_t count = unpack_and_count(from, to, piece.numel, tensors_.postscale, counts);
+  if (counts) add_nonfinite(piece.segment, count);
 }
 
 std::int64_t SharedWalk::count_nonfinite(void* results, std::int64_t numel) const {
   return unpack_and_count(results, results, numel, 1.0, true);
+}
+
+void SharedWalk::add_nonfinite(std::int64_t segment, std::int64_t count) const {
+  // Several threads may have parts of the same segment; the order of whole numbers is no matter.
+  if (count > 0)
+    std::atomic_ref(tensors_.nonfinite[segment]).fetch_add(count, std::memory_order_relaxed);
 }
 
 std::int64_t SharedWalk::unpack_and_count(const void* from, void* to, std::int64_t numel,
@@ -109,31 +114,29 @@ std::int64_t SharedWalk::unpack_and_count(const void* from, void* to, std::int64
   return count;
 }
 
-void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece, std::int64_t begin,
-                         std::int64_t numel) const {
-  const char* const result = at(result_of(chunk, piece), begin, width_);
-  if (output(piece) != nullptr) unpack(piece, begin, numel, result);
+void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece) const {
+  const char* const result = result_of(chunk, piece);
+  if (output(piece) != nullptr) unpack(piece, result);
   if (!is_resident()) return;
   for (int step = 1; step < size(); ++step) {
     const Rank peer = (rank() + step) % size();
-    context_.peer_kernels.copy(result, numel * width_, at(resident(piece, peer), begin, width_),
+    context_.peer_kernels.copy(result, piece.numel * width_, resident(piece, peer),
                                context_.streams);
   }
 }
 
-void pack_for_owners(const SharedWalk& walk, int index) {
+void pack_for_owners(SharedWalk& walk, int index) {
   // What it reduces itself it reads where it is.
   const bool has_scaled = walk.tensors().prescale != 1.0;
   pack_chunk(walk, index,
              [&](const SharedPiece& piece) { return has_scaled || !walk.is_mine(piece); });
 }
 
-void unpack_chunk(const SharedWalk& walk, int index) {
+void unpack_chunk(SharedWalk& walk, int index) {
   const SharedChunk& chunk = walk.chunk(index);
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (!walk.is_mine(piece))
-      walk.unpack(piece, 0, piece.numel, walk.slot(chunk, piece, piece.owner));
-  });
+  walk.for_each_part(
+      chunk, walk.cut_for_copies(), [&](const SharedPiece& piece) { return !walk.is_mine(piece); },
+      [&](const SharedPiece& part) { walk.unpack(part, walk.slot(chunk, part, part.owner)); });
 }
 
 Task add_totals(SharedMemory& memory, std::vector<double>& mine) {

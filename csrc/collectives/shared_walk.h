@@ -1,11 +1,14 @@
 #pragma once
 #include <algorithm>
+#include <array>
+#include <limits>
 #include <vector>
 
 #include "collectives/context.h"
 #include "collectives/reduce_scatter.h"
 #include "collectives/shared_schedule.h"
 #include "collectives/task.h"
+#include "collectives/workers.h"
 #include "kernels/peer_kernels.h"
 #include "transports/shared_memory/shared_memory.h"
 
@@ -16,7 +19,8 @@ struct SharedContext {
   SharedMemory& memory;
   const KernelTable& kernels;
   const PeerKernelTable& peer_kernels;
-  bool streams = false;  ///< copies into slots leave nothing in this core's cache
+  bool streams = false;        ///< copies into slots leave nothing in this core's cache
+  Workers* workers = nullptr;  ///< null: the calling thread does everything
 };
 
 /// The tensors of one dtype and call, by segment. Owns nothing.
@@ -35,7 +39,15 @@ struct SharedTensors {
   void* const* resident = nullptr;
 };
 
-/// What the collectives do with the pieces of a schedule.
+/// How the pieces of a chunk are cut, and what a part of one is to the threads that share them.
+struct SharedCut {
+  static constexpr std::int64_t kWhole = std::numeric_limits<std::int64_t>::max();
+  std::int64_t longest = kWhole;  ///< elements of a part
+  int num_inputs = 1;             ///< vectors that are read
+  std::int64_t num_sums = 0;      ///< numbers that are added up
+};
+
+/// What the collectives do with the pieces of a schedule. A part of a piece is a piece.
 class SharedWalk {
  public:
   SharedWalk(const SharedContext& context, const SharedSchedule& schedule,
@@ -75,34 +87,60 @@ class SharedWalk {
       body(schedule_.pieces[static_cast<std::size_t>(p)]);
   }
 
+  /// Calls body(part, sums) for the parts of those pieces of a chunk that `picks`, a predicate; on
+  /// several threads where there are some and it pays. What is added to the cut.num_sums numbers at
+  /// `sums` ends in sums_of(part) with the bits of one thread that takes part after part.
+  template <typename Predicate, typename SumsOf, typename Body>
+  void for_each_part(const SharedChunk& chunk, const SharedCut& cut, Predicate&& picks,
+                     SumsOf&& sums_of, Body&& body);
+  /// The same of parts that add up nothing: body(part).
+  template <typename Predicate, typename Body>
+  void for_each_part(const SharedChunk& chunk, const SharedCut& cut, Predicate&& picks,
+                     Body&& body) {
+    for_each_part(
+        chunk, cut, picks, [](const SharedPiece&) -> double* { return nullptr; },
+        [&](const SharedPiece& part, double*) { body(part); });
+  }
+
   /// Where a piece lies: in a rank's slot, in this rank's input, in a rank's tensor.
   char* slot(const SharedChunk& chunk, const SharedPiece& piece, Rank rank) const;
   const char* input(const SharedPiece& piece) const;
   char* output(const SharedPiece& piece) const;  ///< null where it has none
   char* resident(const SharedPiece& piece, Rank rank) const;
   /// Where every rank's elements of a piece that this rank reduces can be read. [size()].
-  const std::vector<const void*>& sources(const SharedChunk& chunk, const SharedPiece& piece);
+  using Sources = std::array<const void*, kMaxSharedRanks>;
+  Sources sources(const SharedChunk& chunk, const SharedPiece& piece) const;
 
   /// Copies a piece into this rank's slot, or memory laid out like it, times prescale.
   void pack(const SharedPiece& piece, void* to) const;
-  /// Copies `numel` results from element `begin` of a piece to the output, times postscale.
-  void unpack(const SharedPiece& piece, std::int64_t begin, std::int64_t numel,
-              const void* from) const;
+  /// Copies the results of a piece to the output, times postscale.
+  void unpack(const SharedPiece& piece, const void* from) const;
   /// How many of some results are inf or NaN. Writes the same bytes back.
   std::int64_t count_nonfinite(void* results, std::int64_t numel) const;
+  /// Adds to a segment's count. Any thread.
+  void add_nonfinite(std::int64_t segment, std::int64_t count) const;
   /// Results of this rank have been written to result_of(): they go to the output and, where
   /// tensors are resident, to those of all ranks.
-  void deliver(const SharedChunk& chunk, const SharedPiece& piece, std::int64_t begin,
-               std::int64_t numel) const;
+  void deliver(const SharedChunk& chunk, const SharedPiece& piece) const;
   char* result_of(const SharedChunk& chunk, const SharedPiece& piece) const {
     return is_resident() ? resident(piece, rank()) : slot(chunk, piece, rank());
   }
-  /// Elements that pass through the first-level cache together, and room for their addresses.
+  /// Elements that pass through the first-level cache together.
   std::int64_t block_numel() const { return kBlockBytes / width_; }
-  std::vector<const void*>& block_inputs() { return block_inputs_; }
+  /// Copies are cut for other threads only.
+  SharedCut cut_for_copies() const {
+    return {.longest = context_.workers == nullptr ? SharedCut::kWhole : block_numel()};
+  }
 
  private:
   static constexpr std::int64_t kBlockBytes = 16 << 10;
+  // Of what is read. A core moves 64 KiB in some 6 us: below that, telling another one and waiting
+  // for it, a few us where it has not gone to sleep, would cost more than its help. An estimate.
+  static constexpr std::int64_t kFewestBytesPerThread = 64 << 10;
+
+  template <typename Predicate, typename Body>
+  void cut_pieces(const SharedChunk& chunk, std::int64_t longest, Predicate&& picks,
+                  Body&& body) const;
 
   std::int64_t unpack_and_count(const void* from, void* to, std::int64_t numel, double scale,
                                 bool counts) const;
@@ -112,46 +150,84 @@ class SharedWalk {
   const SharedTensors tensors_;
   const std::int64_t width_;
   const std::uint32_t base_;
-  std::vector<const void*> sources_;
-  std::vector<const void*> block_inputs_;
+  std::vector<SharedPiece> parts_;  // of a step that threads share
+  std::vector<double> sums_;        // [parts][numbers]
 };
+
+template <typename Predicate, typename Body>
+void SharedWalk::cut_pieces(const SharedChunk& chunk, std::int64_t longest, Predicate&& picks,
+                            Body&& body) const {
+  for_each_piece(chunk, [&](const SharedPiece& piece) {
+    if (!picks(piece)) return;
+    for (std::int64_t begin = 0; begin < piece.numel;) {
+      const std::int64_t numel = std::min(longest, piece.numel - begin);
+      body(
+          SharedPiece{piece.segment, piece.owner, piece.begin + begin, numel, piece.place + begin});
+      begin += numel;
+    }
+  });
+}
+
+template <typename Predicate, typename SumsOf, typename Body>
+void SharedWalk::for_each_part(const SharedChunk& chunk, const SharedCut& cut, Predicate&& picks,
+                               SumsOf&& sums_of, Body&& body) {
+  const auto alone = [&](const SharedPiece& part) { body(part, sums_of(part)); };
+  if (context_.workers == nullptr) return cut_pieces(chunk, cut.longest, picks, alone);
+  parts_.clear();
+  std::int64_t numel = 0;
+  cut_pieces(chunk, cut.longest, picks, [&](const SharedPiece& part) {
+    parts_.push_back(part);
+    numel += part.numel;
+  });
+  if (numel * width_ * cut.num_inputs < 2 * kFewestBytesPerThread) {
+    std::for_each(parts_.begin(), parts_.end(), alone);
+    return;
+  }
+  const auto count = static_cast<std::int64_t>(parts_.size());
+  sums_.assign(static_cast<std::size_t>(count * cut.num_sums), 0.0);
+  const auto sums_at = [&](std::int64_t i) { return sums_.data() + i * cut.num_sums; };
+  const auto part_at = [&](std::int64_t i) -> const SharedPiece& {
+    return parts_[static_cast<std::size_t>(i)];
+  };
+  context_.workers->run(count, [&](std::int64_t i) { body(part_at(i), sums_at(i)); });
+  // In the order of the parts, whichever thread was first: the bits of one thread.
+  for (std::int64_t i = 0; i < count; ++i)
+    for (std::int64_t number = 0; number < cut.num_sums; ++number)
+      sums_of(part_at(i))[number] += sums_at(i)[number];
+}
 
 /// Step pack of a chunk: what this rank `gives`, a predicate on pieces.
 template <typename Predicate>
-void pack_chunk(const SharedWalk& walk, int index, Predicate&& gives) {
+void pack_chunk(SharedWalk& walk, int index, Predicate&& gives) {
   const SharedChunk& chunk = walk.chunk(index);
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (gives(piece)) walk.pack(piece, walk.slot(chunk, piece, walk.rank()));
+  walk.for_each_part(chunk, walk.cut_for_copies(), gives, [&](const SharedPiece& part) {
+    walk.pack(part, walk.slot(chunk, part, walk.rank()));
   });
   walk.signal(SharedMemory::kPacked, index);
 }
 
 /// Step pack of a reduction: what sources() of any rank reads in this rank's slot.
-void pack_for_owners(const SharedWalk& walk, int index);
+void pack_for_owners(SharedWalk& walk, int index);
 
-/// Step combine: kernel(piece, inputs, numel, out) for the pieces of a chunk that this rank
-/// reduces, block by block, so that a result is still in the first-level cache when it is
-/// delivered.
-template <typename Kernel>
-void combine_chunk(SharedWalk& walk, int index, Kernel&& kernel) {
+/// Step combine: kernel(part, sources, out, sums) for the pieces of a chunk that this rank reduces,
+/// block by block, so that a result is still in the first-level cache when it is delivered. `sums`
+/// as in for_each_part.
+template <typename SumsOf, typename Kernel>
+void combine_chunk(SharedWalk& walk, int index, std::int64_t num_sums, SumsOf&& sums_of,
+                   Kernel&& kernel) {
   const SharedChunk& chunk = walk.chunk(index);
-  std::vector<const void*>& inputs = walk.block_inputs();
-  walk.for_each_piece(chunk, [&](const SharedPiece& piece) {
-    if (!walk.is_mine(piece)) return;
-    const std::vector<const void*>& sources = walk.sources(chunk, piece);
-    char* const result = walk.result_of(chunk, piece);
-    for (std::int64_t begin = 0; begin < piece.numel; begin += walk.block_numel()) {
-      const std::int64_t numel = std::min(walk.block_numel(), piece.numel - begin);
-      for (std::size_t r = 0; r < sources.size(); ++r)
-        inputs[r] = at(sources[r], begin, walk.width());
-      kernel(piece, inputs.data(), numel, at(result, begin, walk.width()));
-      walk.deliver(chunk, piece, begin, numel);
-    }
-  });
+  walk.for_each_part(
+      chunk, {.longest = walk.block_numel(), .num_inputs = walk.size(), .num_sums = num_sums},
+      [&](const SharedPiece& piece) { return walk.is_mine(piece); }, sums_of,
+      [&](const SharedPiece& part, double* sums) {
+        const SharedWalk::Sources sources = walk.sources(chunk, part);
+        kernel(part, sources.data(), walk.result_of(chunk, part), sums);
+        walk.deliver(chunk, part);
+      });
 }
 
 /// Step unpack of a chunk: what other ranks have reduced, or given.
-void unpack_chunk(const SharedWalk& walk, int index);
+void unpack_chunk(SharedWalk& walk, int index);
 
 /// Gives the thread back now and then: a large request must not keep it from everything else.
 class Breath final : public Exchange {

@@ -48,7 +48,10 @@ Engine::Engine(std::shared_ptr<Bootstrap> bootstrap, std::shared_ptr<TransportPr
       transports_(std::move(transports)),
       layout_(discover_layout(*bootstrap_, describe_this_process(), settings_.fail_after)),
       liveness_(bootstrap_->kind() == "threads" ? Liveness()
-                                                : Liveness(layout_.processes, layout_.rank)) {
+                                                : Liveness(layout_.processes, layout_.rank)),
+      workers_(settings.shared_memory && settings.workers != 1
+                   ? std::make_shared<Workers>(settings.workers)
+                   : nullptr) {
   const std::vector<Rank> ranks = all_ranks(layout_.size);
   sets_.push_back(connect("the global process set", ranks, kGlobalSet));
   worker_ = std::thread([this] { run(); });
@@ -73,10 +76,14 @@ std::shared_ptr<ProcessSet> Engine::connect(std::string name, const std::vector<
                                             int id) {
   TransportPair transports = transports_->connect(ranks, id);
   std::string why_not;
-  auto shared = SharedNode::make(*transports.control, ranks, layout_, settings_, kernels_, why_not);
+  auto shared =
+      SharedNode::make(*transports.control, ranks, layout_, settings_, kernels_, workers_, why_not);
   {
     const std::lock_guard lock(mutex_);
     why_not_shared_[id] = why_not;
+    if (shared != nullptr && !shared->crowding().empty() &&
+        !std::exchange(has_warned_of_workers_, true))
+      log_.add(EventLog::Level::warning, shared->crowding());
   }
   return std::make_shared<ProcessSet>(std::move(name), ranks, std::move(transports), kernels_,
                                       settings_, log_, std::move(shared));
@@ -87,6 +94,7 @@ Engine::SharedFacts Engine::shared_facts(int process_set) {
   SharedFacts facts;
   facts.is_used = set->shared() != nullptr;
   if (facts.is_used) {
+    facts.workers = set->shared()->num_workers();
     facts.choices = set->shared()->tuning().rows();
     const SharedRoutes& routes = set->shared()->routes();
     facts.requests = {routes.on_boards, routes.through_slots, routes.in_place, routes.as_messages};

@@ -49,6 +49,7 @@ class Engine {
   struct SharedFacts {
     bool is_used = false;
     std::string why_not;
+    int workers = 1;  ///< threads that walk a large request on this rank
     std::vector<SharedTuning::Row> choices;
     /// As SharedRoutes: by board, through slots, in place, as messages.
     std::array<std::int64_t, 4> requests{};
@@ -96,11 +97,13 @@ class Engine {
   EventLog log_;
   Liveness liveness_;
   Wakeup wakeup_;
+  const std::shared_ptr<Workers> workers_;  // of all sets; null: each driver works alone
   Clock::time_point death_seen_{};
 
   std::mutex mutex_;
   Sets sets_;  // by id; null on ranks outside the set. Guarded by mutex_
   std::map<int, std::string> why_not_shared_;                 // by id; guarded by mutex_
+  bool has_warned_of_workers_ = false;                        // guarded by mutex_
   std::map<int, std::shared_ptr<DeviceCalls>> device_calls_;  // by id; guarded by mutex_
   const adareduce_cuda_plugin* cuda_plugin_ = nullptr;        // guarded by mutex_
   int wanted_cuda_path_ = ADAREDUCE_CUDA_AUTO;                // guarded by mutex_

@@ -50,9 +50,6 @@ struct Plan {
   std::shared_ptr<std::unordered_map<std::uint32_t, SharedSchedule>> shared;
 };
 
-/// Most ranks that share memory.
-inline constexpr std::size_t kMaxSharedRanks = 64;
-
 /// Where each tensor of `numels` lies in a fused buffer: one after the other, each on a multiple of
 /// kShardAlignment elements. Returns the segments and the buffer's length.
 std::pair<std::vector<TensorSegment>, std::int64_t> lay_out(

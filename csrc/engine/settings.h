@@ -19,6 +19,9 @@ struct Settings {
   bool shared_memory = false;
   /// Which of SharedTuning::choices() every large request takes; none: the quickest at present.
   std::optional<std::uint32_t> shared_choice;
+  /// Threads of this rank that share the work of a large request in shared memory, the driver's
+  /// among them: 1 ... Workers::kMost. Ranks may differ; no bit of a result depends on it.
+  int workers = 1;
   /// Requests of a process set that may be on the GPU before the other ranks' are known.
   std::size_t max_launched = 1024;
 };

@@ -40,6 +40,42 @@ int ranks_of_this_node(const Layout& layout) {
                     [&](const ProcessInfo& process) { return process.host == here.host; }));
 }
 
+// What a rank tells the others of its set before they share memory.
+struct Setup {
+  bool wants_to = false;
+  int workers = 1;
+  std::string cpus;  // as allowed_cpus()
+
+  std::string text() const { return concat(wants_to ? "1" : "0", cpus, workers); }
+  static Setup of(const std::string& text) {
+    return {text.front() == '1', std::stoi(text.substr(1 + CPU_SETSIZE)),
+            text.substr(1, CPU_SETSIZE)};
+  }
+};
+
+std::ptrdiff_t count_cpus(const std::string& cpus) {
+  return std::count(cpus.begin(), cpus.end(), '1');
+}
+
+// Where threads outnumber cores: on a rank that has been given less than it was told to use, or on
+// all together, which the first rank with workers says.
+std::string crowding_of(const std::vector<Setup>& setups, std::size_t self, std::ptrdiff_t cpus,
+                        std::ptrdiff_t workers) {
+  const auto words = [](std::ptrdiff_t many, std::ptrdiff_t cores) {
+    return concat(many, " workers (ADAREDUCE_WORKERS) and may use ", cores,
+                  cores == 1 ? " core" : " cores", ": they take turns");
+  };
+  const Setup& mine = setups[self];
+  const std::ptrdiff_t my_cpus = count_cpus(mine.cpus);
+  if (mine.workers > 1 && mine.workers > my_cpus)
+    return concat("this rank has ", words(mine.workers, my_cpus));
+  const auto first = std::find_if(setups.begin(), setups.end(),
+                                  [](const Setup& setup) { return setup.workers > 1; });
+  if (workers > cpus && first - setups.begin() == static_cast<std::ptrdiff_t>(self))
+    return concat("the ", setups.size(), " ranks of this node have ", words(workers, cpus));
+  return "";
+}
+
 // Which of the two channels a board belongs to.
 constexpr SharedMemory::Signal signal_of(int board) {
   return board == 0 ? SharedMemory::kRequestBoard : SharedMemory::kBarrierBoard;
@@ -96,7 +132,9 @@ std::vector<std::string> gather_strings(Transport& transport, int tag, const std
 
 std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const Rank> ranks,
                                              const Layout& layout, const Settings& settings,
-                                             const KernelTable& kernels, std::string& why_not) {
+                                             const KernelTable& kernels,
+                                             std::shared_ptr<Workers> workers,
+                                             std::string& why_not) {
   constexpr int kTag = 9;
   why_not.clear();
   if (ranks.size() < 2) why_not = "there is one rank";
@@ -109,21 +147,31 @@ std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const
     return gather_strings(control, kTag, mine, settings.fail_after, [] {});
   };
   // Ranks may have been given different settings.
-  const std::vector<std::string> words =
-      gather(concat(settings.shared_memory ? "1" : "0", allowed_cpus()));
-  std::string cpus(CPU_SETSIZE, '0');
-  for (std::size_t place = 0; place < words.size(); ++place) {
-    if (words[place].front() == '0' && why_not.empty())
+  std::vector<Setup> setups;
+  for (const std::string& text :
+       gather(Setup{settings.shared_memory, settings.workers, allowed_cpus()}.text()))
+    setups.push_back(Setup::of(text));
+  std::string cpus(CPU_SETSIZE, '0');  // of any of them
+  std::ptrdiff_t num_workers = 0;
+  for (std::size_t place = 0; place < setups.size(); ++place) {
+    if (!setups[place].wants_to && why_not.empty())
       why_not = concat("it is turned off on rank ", ranks[place]);
     for (std::size_t cpu = 0; cpu < cpus.size(); ++cpu)
-      if (words[place][1 + cpu] == '1') cpus[cpu] = '1';
+      if (setups[place].cpus[cpu] == '1') cpus[cpu] = '1';
+    num_workers += setups[place].workers;
   }
   if (!why_not.empty()) return nullptr;
   try {
     auto windows =
         SharedWindows::make(control.rank(), control.size(), SharedMemory::segment_bytes(), gather);
-    const bool may_spin = std::count(cpus.begin(), cpus.end(), '1') >= ranks_of_this_node(layout);
-    return std::unique_ptr<SharedNode>(new SharedNode(std::move(windows), may_spin, kernels));
+    const std::ptrdiff_t num_cpus = count_cpus(cpus);
+    const bool may_spin = num_cpus >= ranks_of_this_node(layout) && num_cpus >= num_workers;
+    const auto self = static_cast<std::size_t>(control.rank());
+    if (workers != nullptr && (!may_spin || count_cpus(setups[self].cpus) < settings.workers))
+      workers->stop_spinning();
+    return std::unique_ptr<SharedNode>(
+        new SharedNode(std::move(windows), may_spin, kernels, std::move(workers),
+                       crowding_of(setups, self, num_cpus, num_workers)));
   } catch (const SharedMemoryError& error) {
     why_not = error.what();
     return nullptr;

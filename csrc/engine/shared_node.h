@@ -29,10 +29,12 @@ struct SharedRoutes {
 class SharedNode {
  public:
   /// Collective over the ranks of `control`; blocks. Null, with the reason in `why_not`, the same
-  /// on all ranks, where they cannot share memory or one of them does not want to.
+  /// on all ranks, where they cannot share memory or one of them does not want to. `workers`: those
+  /// of this rank; null: one.
   static std::unique_ptr<SharedNode> make(Transport& control, std::span<const Rank> ranks,
                                           const Layout& layout, const Settings& settings,
-                                          const KernelTable& kernels, std::string& why_not);
+                                          const KernelTable& kernels,
+                                          std::shared_ptr<Workers> workers, std::string& why_not);
 
   SharedMemory& memory() { return memory_; }
   const std::shared_ptr<SharedRegions>& regions() const { return regions_; }
@@ -40,8 +42,12 @@ class SharedNode {
   SharedRoutes& routes() { return routes_; }
   const GramTree& tree() const { return tree_; }  ///< of at most GramTree::kMaxLeaves ranks
   SharedContext context(const SharedChoice& choice) {
-    return {memory_, kernels_, cpu_peer_kernels(), choice.streams};
+    return {memory_, kernels_, cpu_peer_kernels(), choice.streams, workers_.get()};
   }
+  /// Threads that walk a large request on this rank.
+  int num_workers() const { return workers_ == nullptr ? 1 : workers_->count(); }
+  /// What this rank has to say about workers without cores of their own; else empty.
+  const std::string& crowding() const { return crowding_; }
 
   /// Whether a request goes this way: the same on all ranks that agree on it.
   bool takes(const Request& request, const Plan& plan) const;
@@ -62,13 +68,19 @@ class SharedNode {
   std::vector<void*> addresses_of(const Request& request) const;
 
  private:
-  SharedNode(std::shared_ptr<SharedWindows> windows, bool may_spin, const KernelTable& kernels)
-      : memory_(std::move(windows), may_spin), kernels_(kernels) {
+  SharedNode(std::shared_ptr<SharedWindows> windows, bool may_spin, const KernelTable& kernels,
+             std::shared_ptr<Workers> workers, std::string crowding)
+      : memory_(std::move(windows), may_spin),
+        kernels_(kernels),
+        workers_(std::move(workers)),
+        crowding_(std::move(crowding)) {
     if (memory_.size() <= GramTree::kMaxLeaves) tree_ = gram_tree(make_adasum_tree(memory_.size()));
   }
 
   SharedMemory memory_;
   const KernelTable& kernels_;
+  const std::shared_ptr<Workers> workers_;
+  const std::string crowding_;
   const std::shared_ptr<SharedRegions> regions_ = std::make_shared<SharedRegions>();
   SharedTuning tuning_;
   SharedRoutes routes_;

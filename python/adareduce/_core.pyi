@@ -21,6 +21,7 @@ class Settings:
         fail_after: float,
         shared_memory: bool = False,
         shared_choice: int | None = None,
+        workers: int = 1,
     ) -> None: ...
 
 class ThreadWorld:
@@ -49,6 +50,7 @@ def local_adasum(
 class SharedFacts:
     is_used: bool
     why_not: str
+    workers: int
     choices: list[tuple[str, str, int]]
     requests: list[int]
 

@@ -164,6 +164,7 @@ def _connect(comm: Sequence[int] | Any | None, settings: Settings) -> _core.Engi
         warn_after=settings.warn_after,
         fail_after=settings.fail_after,
         shared_memory=settings.shared_memory,
+        workers=settings.workers,
     )
     if comm is None and mpi_library.expected() is None and mpi_library.launcher() is None:
         return _core.Engine.over_threads(_core.ThreadWorld(1), 0, core_settings)

@@ -16,6 +16,7 @@ from adareduce.ops import CudaPath
 # Small enough that a large model has several buckets, whose reductions overlap with backward; large
 # enough that a message's latency does not count.
 DEFAULT_FUSION_THRESHOLD = 16 * 2**20
+MOST_WORKERS = 64  # Workers::kMost in csrc/collectives/workers.h
 
 _NEVER = 1e9  # seconds, 30 years
 
@@ -46,6 +47,8 @@ class Settings:
             or is an error. ADAREDUCE_CUDA_PATH.
         shared_memory: Whether ranks of one node meet in shared memory, where they can; the others
             follow a rank that does not. ADAREDUCE_SHARED_MEMORY: on or off.
+        workers: Threads of this rank that share the work of a large call in shared memory, the
+            caller's among them: 1 to 64. Ranks may differ. ADAREDUCE_WORKERS.
     """
 
     warn_after: float = 60.0
@@ -54,6 +57,7 @@ class Settings:
     fusion_threshold: int = DEFAULT_FUSION_THRESHOLD
     cuda_path: CudaPath = CudaPath.auto
     shared_memory: bool = True
+    workers: int = 1
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -81,6 +85,7 @@ class Settings:
             ),
             cuda_path=_cuda_path(environ),
             shared_memory=_switch(environ, "ADAREDUCE_SHARED_MEMORY", True),
+            workers=_workers(environ),
         )
 
 
@@ -134,6 +139,17 @@ def _cuda_path(environ: Mapping[str, str]) -> CudaPath:
     if text.lower() not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
     return choices[text.lower()]
+
+
+def _workers(environ: Mapping[str, str]) -> int:
+    found = _first_set(environ, "ADAREDUCE_WORKERS")
+    if found is None:
+        return 1
+    name, text = found
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 9
+    if not is_number or not 1 <= int(text) <= MOST_WORKERS:
+        raise ValueError(f"{name} must be a number of threads, 1 to {MOST_WORKERS}, got {text!r}")
+    return int(text)
 
 
 def _switch(environ: Mapping[str, str], name: str, default: bool) -> bool:

@@ -5,12 +5,14 @@
 //
 // engine_stress         the ranks exchange messages
 // engine_stress shared  the ranks meet in shared memory
+// engine_stress shared workers  and have one to three workers each
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <future>
+#include <limits>
 #include <string>
 
 #include "stress_ranks.h"
@@ -291,7 +293,8 @@ void random_requests(int size, int seed) {
 }
 
 // Requests that take many chunks, go round the ring, have parts of several dtypes whose slots
-// follow each other, and have tensors that nearly cancel. Each rank dawdles where it likes.
+// follow each other, and have tensors that nearly cancel; the last three with statistics, one of
+// them with infinities. Each rank dawdles where it likes.
 void large_requests(int size, int seed) {
   run_ranks("large requests", size, patient(), [&](std::unique_ptr<Engine>& engine) {
     const Rank rank = engine->layout().rank;
@@ -303,6 +306,9 @@ void large_requests(int size, int seed) {
       request.collective = Collective::allreduce;
       request.name = concat("step ", step);
       request.op = op;
+      const bool has_statistics = step >= 3;
+      request.has_statistics = has_statistics;
+      const bool has_infinities = step == 4;
       std::vector<std::shared_ptr<Memory>> memory;
       const std::int64_t numel = 100'000 + below(script, step == 5 ? 5'000'000 : 400'000);
       const std::int64_t numels[] = {numel, 300, numel / 3};
@@ -310,6 +316,7 @@ void large_requests(int size, int seed) {
       // Whole numbers for sums. Adasum: neighbours that point apart by 2^-20 of their length.
       const auto value = [&](Rank owner, std::int64_t i) {
         const double base = element(step, op == ReduceOp::adasum ? owner / 2 : owner, i);
+        if (has_infinities && i % 1000 == 7) return std::numeric_limits<double>::infinity();
         if (op != ReduceOp::adasum) return base;
         return (owner % 2 == 0 ? 1 : -1) * (base + (i % size == owner ? 0x1p-20 : 0.0));
       };
@@ -329,6 +336,10 @@ void large_requests(int size, int seed) {
       const HandlePtr handle = engine->submit(Engine::kGlobalSet, std::move(request));
       await(handle);
       handle->rethrow();
+      const std::vector<std::int64_t>& nonfinite = handle->result().statistics.nonfinite;
+      CHECK(nonfinite.size() == (has_statistics ? std::size(numels) : 0));
+      for (std::size_t t = 0; t < nonfinite.size(); ++t)
+        CHECK(nonfinite[t] == (has_infinities ? (numels[t] + 992) / 1000 : 0));
       if (op == ReduceOp::adasum) continue;  // tests/test_shared_collectives.py knows its result
       const auto sum = [&](std::int64_t i) {
         double total = 0;
@@ -528,6 +539,7 @@ void silent_rank(int size) {
 
 int main(int argc, char** argv) {
   uses_shared_memory = argc > 1 && std::string(argv[1]) == "shared";
+  uses_workers = argc > 2 && std::string(argv[2]) == "workers";
   if (uses_shared_memory)
     for (const int size : {2, 3, 5})
       for (int seed = 0; seed < 2; ++seed) large_requests(size, seed);

@@ -65,6 +65,8 @@ inline void check_contains(const std::string& text, const std::string& part) {
 
 // The ranks of this run meet in shared memory.
 inline bool uses_shared_memory = false;
+// Some ranks have several workers.
+inline bool uses_workers = false;
 
 inline Settings patient() {
   Settings settings;
@@ -76,7 +78,8 @@ inline Settings patient() {
 }
 
 inline std::unique_ptr<Engine> make_engine(const std::shared_ptr<ThreadWorld>& world, Rank rank,
-                                           const Settings& settings) {
+                                           Settings settings) {
+  if (uses_workers) settings.workers = 3 - rank % 3;
   auto bootstrap = std::make_shared<ThreadBootstrap>(world, rank);
   auto transports = std::make_shared<ThreadTransportProvider>(*bootstrap);
   return std::make_unique<Engine>(std::move(bootstrap), std::move(transports), settings);

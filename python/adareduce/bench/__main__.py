@@ -92,7 +92,10 @@ def _run(settings: Settings, ranks: Ranks) -> int:
 def _on_cpu() -> list[str]:
     """How CPU tensors travel, for the header."""
     found = hvd.shared_memory_choices()
-    return [f"shared memory: {'used' if found.used else f'not used: {found.why_not}'}"]
+    if not found.used:
+        return [f"shared memory: not used: {found.why_not}"]
+    workers = f", {found.workers} workers on rank 0" if found.workers > 1 else ""
+    return [f"shared memory: used{workers}"]
 
 
 def _problem(settings: Settings, ranks: Ranks) -> str | None:

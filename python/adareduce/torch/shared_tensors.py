@@ -85,12 +85,14 @@ class SharedMemoryChoices(NamedTuple):
         choices: On the set's first rank, which makes them: (kind and size of calls, what was found
             best for them by measuring, number of calls).
         requests: Of this rank: how many went with the board, through slots, in place, as messages.
+        workers: Of this rank: threads that share the work of a large call; ADAREDUCE_WORKERS.
     """
 
     used: bool
     why_not: str
     choices: list[tuple[str, str, int]]
     requests: dict[str, int]
+    workers: int = 1
 
 
 def shared_memory_choices(process_set: ProcessSet = global_process_set) -> SharedMemoryChoices:
@@ -105,4 +107,4 @@ def shared_memory_choices(process_set: ProcessSet = global_process_set) -> Share
         raise ValueError(f"process_set must be added with add_process_set, got {process_set}")
     facts = current_job().engine.shared_memory(number)
     requests = dict(zip(_ROUTES, facts.requests, strict=True))
-    return SharedMemoryChoices(facts.is_used, facts.why_not, facts.choices, requests)
+    return SharedMemoryChoices(facts.is_used, facts.why_not, facts.choices, requests, facts.workers)
