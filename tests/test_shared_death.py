@@ -78,9 +78,11 @@ def assert_survivors_saw(result: mpirun.Result, words: str) -> None:
         assert "Error" in result.err[rank], str(result)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_survivors_of_a_death_at_a_random_point_raise_and_name_it(seed: int) -> None:
-    result = mpirun.run(NUM_RANKS, loop(seed, ALL_KINDS, (0.0, 0.5)), limit=LIMIT, survive=True)
+@pytest.mark.parametrize(("seed", "workers"), [(0, 1), (1, 3), (2, 1), (3, 3)])
+def test_survivors_of_a_death_at_a_random_point_raise_and_name_it(seed: int, workers: int) -> None:
+    program = loop(seed, ALL_KINDS, (0.0, 0.5))
+    variables = {"ADAREDUCE_WORKERS": str(workers)}
+    result = mpirun.run(NUM_RANKS, program, limit=LIMIT, survive=True, variables=variables)
     assert_survivors_saw(result, f"rank {VICTIM}")
 
 

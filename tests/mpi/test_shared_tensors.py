@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -481,6 +482,11 @@ def test_many_requests_at_once_in_place(rank):
         for handle, v in zip(reversed(handles), reversed(values), strict=True):
             assert_equal(hvd.synchronize(handle), total(v))
         assert watch.went().in_place == in_place(3).in_place, round_
+
+
+def test_the_number_of_workers_is_that_of_the_environment():
+    expected = int(os.environ.get("ADAREDUCE_WORKERS") or 1) if is_shared() else 1
+    assert hvd.shared_memory_choices().workers == expected
 
 
 def test_autograd_notices_what_is_reduced_in_place(rank, size):
