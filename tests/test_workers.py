@@ -53,7 +53,29 @@ def helpers_become(expected: list[str]) -> bool:
     return helpers() == expected
 
 
+@pytest.fixture(autouse=True)
+def _no_helpers_of_another_test() -> None:
+    assert helpers_become([])
+
+
 # ---- the threads ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_helpers_may_use_the_cores_that_their_maker_had_not_those_of_a_bound_caller() -> None:
+    cores = os.sched_getaffinity(0)
+    workers = testing.Workers(3)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        workers.run(3, meeting=3)
+        found = [
+            os.sched_getaffinity(int(task.name))
+            for task in Path("/proc/self/task").iterdir()
+            if (task / "comm").read_text().startswith(HELPER)
+        ]
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert found == [cores, cores]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

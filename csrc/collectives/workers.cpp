@@ -25,6 +25,7 @@ constexpr int kYields = 20;
 Workers::Workers(int count) : count_(count) {
   if (count < 1 || count > kMost)
     throw UsageError(concat("Workers: count must be 1 ... ", kMost, ", got ", count));
+  if (sched_getaffinity(0, sizeof cpus_, &cpus_) != 0) CPU_ZERO(&cpus_);
 }
 
 Workers::~Workers() {
@@ -64,7 +65,9 @@ void Workers::start_threads() {
     } catch (const std::system_error&) {
       return;  // the system has no more: those that there are do the work
     }
-    pthread_setname_np(threads_.back().native_handle(), concat("adareduce-", i).c_str());
+    const pthread_t thread = threads_.back().native_handle();
+    pthread_setname_np(thread, concat("adareduce-", i).c_str());
+    if (CPU_COUNT(&cpus_) > 0) pthread_setaffinity_np(thread, sizeof cpus_, &cpus_);
   }
 }
 

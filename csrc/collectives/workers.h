@@ -1,4 +1,6 @@
 #pragma once
+#include <sched.h>
+
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -16,7 +18,8 @@ class Workers {
  public:
   static constexpr int kMost = 64;
 
-  /// `count` threads work, the caller's among them: 1 ... kMost, else UsageError.
+  /// `count` threads work, the caller's among them: 1 ... kMost, else UsageError. Those that are
+  /// made may use the CPUs that the thread in here may use: a caller of run() may be bound to one.
   explicit Workers(int count);
   /// Ends the threads. Nobody may be in run().
   ~Workers();
@@ -53,6 +56,7 @@ class Workers {
   Patience patience() const;
 
   const int count_;
+  cpu_set_t cpus_;  // empty: unknown
   std::atomic<bool> may_spin_{true};
   std::atomic<bool> must_stop_{false};
   std::mutex in_use_;                 // held by the thread in run()

@@ -165,9 +165,10 @@ std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const
     auto windows =
         SharedWindows::make(control.rank(), control.size(), SharedMemory::segment_bytes(), gather);
     const std::ptrdiff_t num_cpus = count_cpus(cpus);
-    const bool may_spin = num_cpus >= ranks_of_this_node(layout) && num_cpus >= num_workers;
+    const bool may_spin = num_cpus >= ranks_of_this_node(layout);
     const auto self = static_cast<std::size_t>(control.rank());
-    if (workers != nullptr && (!may_spin || count_cpus(setups[self].cpus) < settings.workers))
+    if (workers != nullptr &&
+        (num_cpus < num_workers || count_cpus(setups[self].cpus) < settings.workers))
       workers->stop_spinning();
     return std::unique_ptr<SharedNode>(
         new SharedNode(std::move(windows), may_spin, kernels, std::move(workers),
