@@ -40,10 +40,12 @@ struct adareduce_cuda_group {
   device_state* state;
   atomic_int callers;
   atomic_int is_aborted;
+  adareduce_cuda_plan* newest; /* plans live as long as their group */
 };
 struct adareduce_cuda_plan {
   adareduce_cuda_request request;
   int64_t* bytes;
+  adareduce_cuda_plan* older;
 };
 struct adareduce_cuda_ticket {
   adareduce_cuda_group* group;
@@ -105,6 +107,12 @@ static int32_t create_group(const adareduce_cuda_group_args* args, adareduce_cud
 
 static void destroy_group(adareduce_cuda_group* group) {
   group->state->destroyed++;
+  while (group->newest != NULL) {
+    adareduce_cuda_plan* plan = group->newest;
+    group->newest = plan->older;
+    free(plan->bytes);
+    free(plan);
+  }
   free(group);
 }
 
@@ -124,7 +132,9 @@ static int32_t prepare(adareduce_cuda_group* group, const adareduce_cuda_request
       unite(&group->args, group->state->refuse_prepare, "no memory for a plan", error);
   if (status == ADAREDUCE_OK) {
     static const int64_t kWidths[] = {1, 1, 2, 4, 8, 2, 2, 4, 8, 1};
-    adareduce_cuda_plan* plan = calloc(1, sizeof *plan); /* as long as the process */
+    adareduce_cuda_plan* plan = calloc(1, sizeof *plan);
+    plan->older = group->newest;
+    group->newest = plan;
     plan->request = *request;
     plan->bytes = calloc((size_t)request->num_tensors + 1, sizeof *plan->bytes);
     for (int64_t t = 0; t < request->num_tensors; ++t) {

@@ -13,8 +13,11 @@
 #include <functional>
 #include <future>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <string>
 
+#include "engine/shared_node.h"
 #include "stress_ranks.h"
 
 using namespace adareduce;
@@ -497,7 +500,16 @@ void silent_rank(int size) {
   std::vector<std::thread> threads;
   threads.emplace_back([&] {
     ThreadBootstrap bootstrap(world, silent);
-    (void)discover_layout(bootstrap, describe_this_process(), settings.fail_after);
+    const Layout layout = discover_layout(bootstrap, describe_this_process(), settings.fail_after);
+    std::optional<TransportPair> transports;
+    if (!uses_shared_memory) {  // else it is missed before there is an engine
+      std::vector<Rank> ranks(static_cast<std::size_t>(size));
+      std::iota(ranks.begin(), ranks.end(), 0);
+      transports = ThreadTransportProvider(bootstrap).connect(ranks, Engine::kGlobalSet);
+      std::string why_not;
+      (void)SharedNode::make(*transports->control, ranks, layout, settings, cpu_kernels(), nullptr,
+                             why_not);
+    }
     over.wait();
   });
   std::vector<std::thread> others;

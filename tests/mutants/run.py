@@ -2,6 +2,7 @@
 
 Every *.patch in this folder is applied to a copy of the sources, whose _core is built anew; then
 the tests that its line "tests:" names must fail, by failing assertions and not by a broken build.
+Two copies take turns with the patches, since a patch needs one core: to compile a file, to test.
 First the same tests must pass on the unpatched copy. Tests in tests/mpi run on three ranks, with
 the _mpi that is installed.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import sysconfig
 import tempfile
 import time
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -27,6 +30,7 @@ TESTS_FAILED = 1  # pytest's exit status
 PYTEST_DID_NOT_RUN = (2, 3, 4, 5)
 NUM_RANKS = "3"
 LIMIT_SECONDS = 300
+NUM_COPIES = 2
 
 
 class Copy:
@@ -36,7 +40,7 @@ class Copy:
         self.tree = scratch / "tree"
         self.build = scratch / "build"
         self.environment = scratch / "environment"
-        self.tree.mkdir()
+        self.tree.mkdir(parents=True)
         for part in PARTS:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
             copy(ROOT / part, self.tree / part)
@@ -71,15 +75,15 @@ class Copy:
     def apply(self, patch: Path, *options: str) -> None:
         run(["git", "apply", "--whitespace=nowarn", *options, patch], cwd=self.tree)
 
-    def test(self, tests: list[str]) -> tuple[int, str]:
+    def test(self, tests: list[str], limit: float) -> tuple[int, str]:
         """Pytest's exit status and output; a hang counts as a failed test."""
         on_ranks = [test for test in tests if test.startswith("tests/mpi/")]
-        status, output = self._pytest([], [test for test in tests if test not in on_ranks])
+        status, output = self._pytest([], [test for test in tests if test not in on_ranks], limit)
         if status == 0 and on_ranks:
-            status, output = self._pytest(["mpirun", "-n", NUM_RANKS], on_ranks)
+            status, output = self._pytest(["mpirun", "-n", NUM_RANKS], on_ranks, limit)
         return status, output
 
-    def _pytest(self, launcher: list[str], tests: list[str]) -> tuple[int, str]:
+    def _pytest(self, launcher: list[str], tests: list[str], limit: float) -> tuple[int, str]:
         if not tests:
             return 0, ""
         python = self.environment / "bin" / "python"
@@ -87,7 +91,7 @@ class Copy:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         try:
             result = subprocess.run(
-                command, cwd=self.tree, env=environment, timeout=LIMIT_SECONDS,
+                command, cwd=self.tree, env=environment, timeout=limit,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as expired:
@@ -125,28 +129,40 @@ def main() -> None:
     if not patches:
         raise SystemExit(f"mutants: no patch of {only}")
 
-    survivors = []
-    with tempfile.TemporaryDirectory(prefix="adareduce-mutants-") as scratch:
-        copy = Copy(Path(scratch))
-        copy.install()
-        baseline = sorted({test for patch in patches for test in tests_of(patch)})
-        status, output = copy.test(baseline)
-        if status != 0:
-            print(output)
-            raise SystemExit("mutants: the tests fail without any patch")
-        for patch in patches:
+    copies: queue.Queue[Copy] = queue.Queue()
+
+    def survives(patch: Path) -> bool:
+        copy = copies.get()
+        try:
             begin = time.monotonic()
             copy.apply(patch)
             copy.install()
-            status, output = copy.test(tests_of(patch))
+            status, output = copy.test(tests_of(patch), LIMIT_SECONDS)
             copy.apply(patch, "--reverse")
-            # A test run that is ended by a signal has noticed as well.
-            is_caught = status != 0 and status not in PYTEST_DID_NOT_RUN
-            verdict = "caught" if is_caught else "SURVIVED"
-            print(f"{verdict:9} {patch.stem}  ({time.monotonic() - begin:.0f} s)", flush=True)
-            if not is_caught:
-                survivors.append(patch.stem)
-                print(output)
+        finally:
+            copies.put(copy)
+        # A test run that is ended by a signal has noticed as well.
+        is_caught = status != 0 and status not in PYTEST_DID_NOT_RUN
+        verdict = "caught" if is_caught else "SURVIVED"
+        print(f"{verdict:9} {patch.stem}  ({time.monotonic() - begin:.0f} s)", flush=True)
+        if not is_caught:
+            print(output)
+        return not is_caught
+
+    with tempfile.TemporaryDirectory(prefix="adareduce-mutants-") as scratch:
+        for number in range(min(NUM_COPIES, len(patches))):
+            copy = Copy(Path(scratch) / str(number))
+            copy.install()
+            copies.put(copy)
+        baseline = sorted({test for patch in patches for test in tests_of(patch)})
+        status, output = copy.test(baseline, 4 * LIMIT_SECONDS)
+        if status != 0:
+            print(output)
+            raise SystemExit("mutants: the tests fail without any patch")
+        with ThreadPoolExecutor(NUM_COPIES) as pool:
+            is_survivor = list(pool.map(survives, patches))
+    survivors = [patch.stem for patch, survived in zip(patches, is_survivor, strict=True)
+                 if survived]  # fmt: skip
     if survivors:
         raise SystemExit(f"mutants: no test notices {', '.join(survivors)}")
     print(f"all {len(patches)} mutants were caught")
