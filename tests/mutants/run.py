@@ -121,11 +121,22 @@ def tests_of(patch: Path) -> list[str]:
     raise SystemExit(f"mutants: {patch.name} has no line 'tests:'")
 
 
+def part(text: str) -> tuple[int, int]:
+    index, count = (int(number) for number in text.split("/"))
+    if not 0 <= index < count:
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text!r}")
+    return index, count
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="patches without .patch")
-    only = parser.parse_args().only
+    parser.add_argument("--part", type=part, default=(0, 1), metavar="I/N",
+                        help="part I = 0 ... N - 1 of N (0/1: all)")  # fmt: skip
+    given = parser.parse_args()
+    only, (index, count) = given.only, given.part
     patches = [p for p in sorted(FOLDER.glob("*.patch")) if only is None or p.stem in only]
+    patches = patches[index::count]
     if not patches:
         raise SystemExit(f"mutants: no patch of {only}")
 
