@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,9 +35,9 @@ class Wrapper(torch.optim.Optimizer):
     _num_groups: int
     _optimizer_supports_scaling: bool  # it does what GradScaler wants by itself: fused ones
 
+    @abc.abstractmethod  # for readers: a metaclass of ours could not meet an optimizer's own
     def prepare(self) -> None:
         """Makes what depends on the parameters."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, on all ranks between the same steps. Not collective.
