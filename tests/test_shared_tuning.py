@@ -71,9 +71,9 @@ def test_it_notices_when_another_has_become_better(later: int) -> None:
 
 def test_it_notices_when_the_best_has_become_slow() -> None:
     tuning = testing.SharedTuning()
-    seconds = [1.0, 1.5, 2.0, 2.5][: len(CHOICES)]
+    seconds = [1.0 + 0.5 * choice for choice in range(len(CHOICES))]
     run(tuning, LONG, seconds)
-    seconds[0] = 3.0
+    seconds[0] = 5.0
     counts = Counter(run(tuning, 200, seconds))
     assert counts[1] >= 150
 

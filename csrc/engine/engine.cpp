@@ -295,8 +295,8 @@ void Engine::run() {
     for (const auto& set : sets)
       has_moved |= guarded(*set, [&] {
         // Whoever sleeps in one set must have nothing to do in another.
-        set->set_longest_sleep(num_busy == 1 && set->is_busy() ? settings_.longest_sleep
-                                                               : Seconds{0});
+        set->set_waiter(num_busy == 1 && set->is_busy() ? settings_.longest_sleep : Seconds{0},
+                        false);
         const bool moves = set->progress(now);
         has_slept |= set->has_slept();
         is_moving_bytes |= set->is_moving_bytes();

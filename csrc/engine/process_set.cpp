@@ -177,8 +177,8 @@ std::shared_ptr<SharedRegion> ProcessSet::share(std::int64_t bytes,
 
 // ---- the driver ---------------------------------------------------------------------------------
 
-void ProcessSet::set_longest_sleep(Seconds longest) {
-  if (shared_ != nullptr) shared_->memory().set_longest_sleep(longest);
+void ProcessSet::set_waiter(Seconds longest_sleep, bool is_caller) {
+  if (shared_ != nullptr) shared_->memory().set_waiter(longest_sleep, is_caller);
 }
 
 bool ProcessSet::has_slept() { return shared_ != nullptr && shared_->memory().has_slept(); }

@@ -80,9 +80,9 @@ class ProcessSet {
   bool is_busy();
   /// All ranks of the request under way have begun it, so that what is missing are only bytes.
   bool is_moving_bytes() const;
-  /// How long progress() may sleep while it waits for shared memory; whether it has since the last
-  /// call.
-  void set_longest_sleep(Seconds longest);
+  /// How long progress() may sleep while it waits for shared memory, and on whose thread; whether
+  /// it has since the last call.
+  void set_waiter(Seconds longest_sleep, bool is_caller);
   bool has_slept();
   /// What the set has of shared memory; null: nothing. Constant.
   SharedNode* shared() const { return shared_.get(); }

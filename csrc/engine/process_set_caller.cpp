@@ -17,7 +17,7 @@ constexpr Seconds kLongestDrive{2e-3};
 void ProcessSet::drive(const Handle& handle) {
   const std::unique_lock driver(driving_, std::try_to_lock);
   if (!driver) return;
-  set_longest_sleep(settings_.longest_sleep);
+  set_waiter(settings_.longest_sleep, true);
   Clock::time_point last_move{};
   while (!handle.is_finished()) {
     try {
@@ -80,10 +80,10 @@ std::shared_ptr<Handle> ProcessSet::run_alone(const Request& request,
   Channel& channel = channels_[kRequests];
   shared_->post_payload(request, *plan, header.sequence);
   shared_->post(kRequests, header);
+  set_waiter(settings_.longest_sleep, true);
   auto posts = shared_->wait_for_posts(kRequests, header.sequence);
   bool have_all_come = posts.is_soon();
   if (!have_all_come) {
-    set_longest_sleep(settings_.longest_sleep);
     const Clock::time_point begin = Clock::now();
     while (!have_all_come && Clock::now() - begin < kLongestDrive) have_all_come = posts.test();
     has_slept();

@@ -221,6 +221,7 @@ void SharedNode::post(int board, const Header& header) {
 }
 
 SharedMemory::Wait SharedNode::wait_for_posts(int board, std::uint64_t sequence) {
+  memory_.set_looks(true);
   return memory_.wait(signal_of(board), static_cast<std::uint32_t>(sequence + 1));
 }
 

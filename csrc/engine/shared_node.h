@@ -42,6 +42,7 @@ class SharedNode {
   SharedRoutes& routes() { return routes_; }
   const GramTree& tree() const { return tree_; }  ///< of at most GramTree::kMaxLeaves ranks
   SharedContext context(const SharedChoice& choice) {
+    memory_.set_looks(choice.looks_long);
     return {memory_, kernels_, cpu_peer_kernels(), choice.streams, workers_.get()};
   }
   /// Threads that walk a large request on this rank.

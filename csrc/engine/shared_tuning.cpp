@@ -24,12 +24,16 @@ constexpr double kWeight = 0.25;
 
 std::string SharedChoice::text() const {
   return concat("chunks of ", chunk_bytes >> 10, " KiB, ",
-                streams ? "streaming stores" : "ordinary stores");
+                streams ? "streaming stores" : "ordinary stores",
+                looks_long ? ", long looks" : ", short looks");
 }
 
 const std::vector<SharedChoice>& SharedTuning::choices() {
-  static const std::vector<SharedChoice> kChoices{
-      {512 << 10, false}, {2048 << 10, false}, {512 << 10, true}, {2048 << 10, true}};
+  static const std::vector<SharedChoice> kChoices{{512 << 10, false, true},
+                                                  {2048 << 10, false, true},
+                                                  {512 << 10, true, true},
+                                                  {2048 << 10, true, true},
+                                                  {512 << 10, false, false}};
   return kChoices;
 }
 

@@ -15,8 +15,10 @@ namespace adareduce {
 struct SharedChoice {
   std::int64_t chunk_bytes = 0;
   bool streams = false;  ///< copies into slots by stores that leave nothing in a cache
+  /// A caller looks for longer before it sleeps. Not where its core and the late rank's are one.
+  bool looks_long = true;
 
-  /// "chunks of 512 KiB, streaming stores"
+  /// "chunks of 512 KiB, streaming stores, long looks"
   std::string text() const;
 };
 

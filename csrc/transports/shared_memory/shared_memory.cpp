@@ -8,6 +8,9 @@ namespace {
 // Busy looks at a counter before anything else: some 20 us where every rank has its core. Ranks
 // that share one give it away at once.
 constexpr int kPauses = 500;
+// A caller's first look at a counter: some 400 us where a pause takes 40 ns. Ranks come to a call
+// that far apart, and to be woken takes 60 us on the virtual machine of docs/performance.md.
+constexpr int kCallerPauses = 10000;
 constexpr int kYieldsAlone = 20;
 constexpr int kYieldsShared = 200;
 // A peer that has not come after so many looks will be long: no more of the above, and sleeps that
@@ -33,6 +36,7 @@ std::int64_t SharedMemory::segment_bytes() { return static_cast<std::int64_t>(si
 
 SharedMemory::SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin)
     : windows_(std::move(windows)),
+      may_spin_(may_spin),
       patience_{.pauses = may_spin ? kPauses : 0,
                 .yields = may_spin ? kYieldsAlone : kYieldsShared,
                 .longest_sleep = Seconds{0}},
@@ -51,6 +55,11 @@ void SharedMemory::signal(Signal signal, std::uint32_t epoch) {
   advance(of(rank()).epochs[signal], epoch);
 }
 
+void SharedMemory::set_waiter(Seconds longest_sleep, bool is_caller) {
+  patience_.longest_sleep = longest_sleep;
+  is_caller_ = is_caller;
+}
+
 bool SharedMemory::has_any(Signal signal, std::uint32_t epoch) const {
   const std::vector<Epoch*>& epochs = peers_[static_cast<std::size_t>(signal)];
   return std::any_of(epochs.begin(), epochs.end(), [&](const Epoch* of_peer) {
@@ -59,8 +68,9 @@ bool SharedMemory::has_any(Signal signal, std::uint32_t epoch) const {
 }
 
 bool SharedMemory::Wait::is_soon() {
-  return wait_.poll() ||
-         wait_.wait({.pauses = memory_.patience_.pauses, .yields = 0, .longest_sleep = Seconds{0}});
+  const bool looks_long = memory_.may_spin_ && memory_.is_caller_ && memory_.looks_long_;
+  const int pauses = looks_long ? kCallerPauses : memory_.patience_.pauses;
+  return wait_.poll() || wait_.wait({.pauses = pauses, .yields = 0, .longest_sleep = Seconds{0}});
 }
 
 bool SharedMemory::Wait::test() {

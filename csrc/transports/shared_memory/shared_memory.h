@@ -90,8 +90,12 @@ class SharedMemory {
   std::uint32_t level_rounds = 0;
   std::uint32_t totals_rounds = 0;
 
-  /// How long test() may sleep: not at all where the thread has other things to do as well.
-  void set_longest_sleep(Seconds longest) { patience_.longest_sleep = longest; }
+  /// Who waits from now on. is_soon() of a caller, who has nothing else to do with its core, looks
+  /// for longer than that of the engine's thread, beside which a rank computes. test() does not
+  /// sleep at all (0) where the thread has other things to do as well.
+  void set_waiter(Seconds longest_sleep, bool is_caller);
+  /// Whether a caller looks for longer at all: yes while ranks meet, then as was chosen.
+  void set_looks(bool are_long) { looks_long_ = are_long; }
   /// Whether test() has slept since the last call.
   bool has_slept() { return std::exchange(has_slept_, false); }
 
@@ -100,6 +104,9 @@ class SharedMemory {
   Segment& of(Rank rank) const;
 
   std::shared_ptr<SharedWindows> windows_;
+  const bool may_spin_;
+  bool is_caller_ = false;
+  bool looks_long_ = true;
   Patience patience_;
   bool has_slept_ = false;
   std::vector<std::vector<Epoch*>> peers_;  // by signal
