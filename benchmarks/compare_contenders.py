@@ -92,6 +92,7 @@ class Library(abc.ABC):
     """One of the libraries. All calls are collective."""
 
     name: str
+    version: str | None = None  # of one that bench.machine.versions() does not know
 
     @abc.abstractmethod
     def makers(self, buffers: Buffers) -> dict[str, Callable[[], Contender]]:
@@ -258,6 +259,7 @@ class Horovod(Library):
         self._hvd.init()
         size = self._hvd.size()
         self._hvd.shutdown()
+        self.version = importlib.import_module("horovod").__version__
         if size != ranks.size:
             raise UnavailableError(f"Horovod sees {size} ranks, there are {ranks.size}")
 
@@ -267,9 +269,9 @@ class Horovod(Library):
         flat = [tensor.view(-1) for tensor in tensors]
         makers: dict[str, Callable[[], Contender]] = {}
         for word, op in (("sum", horovod.Sum), ("adasum", horovod.Adasum)):
-
-            def grouped(op: Any = op) -> None:
-                horovod.grouped_allreduce_(tensors, op=op)
+            # Without a name each call has a new one, which its cache of responses never finds.
+            def grouped(op: Any = op, word: str = word) -> None:
+                horovod.grouped_allreduce_(tensors, op=op, name=word)
 
             def each(op: Any = op, word: str = word) -> None:
                 handles = [

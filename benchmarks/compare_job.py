@@ -10,14 +10,12 @@ the result is checked. Between repeats the round trip between two cores is measu
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import gc
 import json
 import math
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 from compare_cases import DTYPES, Case, Contents, make_case, most_calls
 from compare_contenders import Buffers, Contender, Library, attempt, connected
+from one_host import StartLine, end_after, run_on_all, settings
 
 import adareduce.torch as hvd
 from adareduce.bench import machine
@@ -36,37 +35,6 @@ _MOST_WARMUP_SECONDS = 2.0
 # A sample of a small case is several calls in a row. Ranks that share a core come to the start line
 # some 50 us apart, which a longer sample hides.
 _SAMPLE_SECONDS, _SHARED_CORE_SAMPLE_SECONDS = 200e-6, 2e-3
-_START_SECONDS, _SHARED_CORE_START_SECONDS = 200e-6, 2e-3
-
-
-class StartLine:
-    """Lets the ranks of one host begin together. Collective.
-
-    They agree on a time of the clock that they share. No barrier of a contender is involved, and
-    where ranks share cores nobody spins: they sleep until then, else a rank that waits in MPI would
-    keep another from its start.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self.shares_cores = ranks.size > len(os.sched_getaffinity(0))
-        self._ahead = _SHARED_CORE_START_SECONDS if self.shares_cores else _START_SECONDS
-
-    def wait(self) -> None:
-        """Returns at the agreed time."""
-        begin = self._ranks.broadcast(time.perf_counter() + self._ahead)
-        if self.shares_cores:
-            time.sleep(max(0.0, begin - time.perf_counter()))
-        while time.perf_counter() < begin:
-            pass
-
-    def seconds(self, run: Callable[[], Any], calls: int) -> float:
-        """Of so many calls in a row, on this rank."""
-        self.wait()
-        begin = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return time.perf_counter() - begin
 
 
 class Turn:
@@ -201,31 +169,19 @@ class CaseRun:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Appends a JSON line for each case; returns the exit status. Collective."""
     given = _parse(arguments)
-    if given.limit:
-        # Whatever hangs, in whichever library: the rank ends, and mpirun ends the others.
-        faulthandler.dump_traceback_later(given.limit, exit=True)
+    end_after(given.limit)
     hvd.init()
     torch.set_num_threads(1)
     ranks = Ranks()
-    try:
-        _run(given, ranks)
-    except hvd.HorovodInternalError:
-        raise  # on every rank
-    except Exception:
-        # The others may wait for this rank in MPI, which would not tell them.
-        traceback.print_exc()
-        ranks.abort()
-        return 1
-    faulthandler.cancel_dump_traceback_later()
-    return 0
+    return run_on_all(ranks, lambda: _run(given, ranks), __file__)
 
 
 def _run(given: argparse.Namespace, ranks: Ranks) -> None:
     begin = time.monotonic()
-    if len(set(ranks.hosts)) > 1:
-        raise ValueError(f"compare_job.py: all ranks must be on one host, got {set(ranks.hosts)}")
     libraries, missing = connected(ranks)
     origin = machine.describe() if ranks.rank == 0 else {}
+    if origin:
+        origin["versions"] |= {lib.name: lib.version for lib in libraries if lib.version}
     for key, dtype in given.case:
         if ranks.broadcast(given.seconds is not None and time.monotonic() - begin > given.seconds):
             break  # the driver sees which cases are missing
@@ -241,7 +197,7 @@ def _run(given: argparse.Namespace, ranks: Ranks) -> None:
             **measured,
             "missing": missing,
             "choices": _choices(),
-            "settings": {k: v for k, v in os.environ.items() if k.startswith("ADAREDUCE_")},
+            "settings": settings(),
             "shares_cores": ranks.size > len(os.sched_getaffinity(0)),
             **origin,
         }

@@ -17,15 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -45,7 +47,10 @@ JOB = Path(__file__).resolve().parent / "compare_job.py"
 _MEMORY_SHARE = 0.8  # of what is free
 _GRACE_SECONDS = 300.0  # a case that has begun is finished
 _END_SECONDS = 20.0
-_STATE = "near: a round trip between two cores takes less than 200 ns, before and after the repeat"
+_STATE = """\
+Share of repeats before and after which a round trip between two cores took
+near: 65 to 200 ns; far: 200 ns and more; one core: less, as between two hardware threads of one.\
+"""
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,13 @@ class Environment:
         found = subprocess.run([self.mpirun, "--version"], capture_output=True, text=True)
         return "Open MPI" in found.stdout or "open-mpi" in found.stdout.lower()
 
-    def command(self, num_ranks: int) -> list[str]:
+    def command(self, num_ranks: int, script: Path = JOB) -> list[str]:
         """Starts so many ranks, bound to no core: libraries have threads beside them."""
         command = [self.mpirun, "-n", str(num_ranks)]
         if self.is_openmpi:
             command += ["--oversubscribe", "--bind-to", "none"]
             command += ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        return [*command, self.python, str(JOB)]
+        return [*command, self.python, str(script)]
 
 
 Run = Callable[[Environment, int, list[str], float], tuple[list[Line], str]]
@@ -162,6 +167,7 @@ def chosen_cases(given: argparse.Namespace, ranks: int, memory: float) -> list[t
     # The same model for all numbers of ranks, so that they can be compared.
     bert = bert_key(max(given.ranks), int(memory))
     keys = [*given.sizes, *(bert if name == "bert-large" else name for name in given.sets)]
+    keys = list(dict.fromkeys(keys))
     cases = []
     for dtype in given.dtypes:
         for key in keys:
@@ -177,19 +183,27 @@ def chosen_cases(given: argparse.Namespace, ranks: int, memory: float) -> list[t
 def run_job(
     environment: Environment, num_ranks: int, options: list[str], limit: float
 ) -> tuple[list[Line], str]:
-    """One job: its lines, and why it failed or "". Nothing of it is left when this returns."""
+    """One job: its lines, and why it failed or ""."""
+    return run_command([*environment.command(num_ranks), *options], limit)
+
+
+def run_command(
+    command: list[str], limit: float, settings: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Line], str]:
+    """A job's lines, and why it failed or "". Nothing of it is left when this returns.
+
+    Args:
+        command: It is also given --limit SECONDS and --out FILE, which gets the lines.
+        limit: Seconds after which the job ends itself.
+        settings: Variables of its environment.
+    """
     with tempfile.TemporaryDirectory(prefix="ada") as folder:
         out = Path(folder) / "lines"
-        command = [
-            *environment.command(num_ranks),
-            *options,
-            f"--limit={limit:.0f}",
-            f"--out={out}",
-        ]
-        variables = {"OMP_NUM_THREADS": "1", "OMPI_MCA_osc": "^ucx"}
+        variables = {"OMP_NUM_THREADS": "1", "OMPI_MCA_osc": "^ucx", **settings}
         process = subprocess.Popen(
-            command, env=os.environ | variables, stdin=subprocess.DEVNULL, start_new_session=True
-        )
+            [*command, f"--limit={limit:.0f}", f"--out={out}"],
+            env=os.environ | variables, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         failure = ""
         try:
             # The ranks end themselves at their limit.
@@ -245,6 +259,17 @@ def own_environment() -> Environment:
     return Environment(found, sys.executable)
 
 
+def check_amounts(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, fewest_ranks: int
+) -> None:
+    """Ends the process where --rounds, --repeats, --minutes or --ranks make no sense."""
+    for option in ("rounds", "repeats", "minutes"):
+        if not getattr(given, option) > 0:
+            parser.error(f"--{option} must be positive, got {getattr(given, option)}")
+    if min(given.ranks) < fewest_ranks:
+        parser.error(f"--ranks must be at least {fewest_ranks}, got {min(given.ranks)}")
+
+
 def note(text: str) -> None:
     """Progress, which does not belong to the tables."""
     print(f"# {text}", file=sys.stderr, flush=True)
@@ -260,8 +285,11 @@ def _size(text: str) -> str:
 
 def _set(text: str) -> str:
     name = ALIASES.get(text, text)
-    if name not in SETS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SETS)}, got {text!r}")
+    is_scaled = re.fullmatch(r"bert-large(/[1-9]\d*){2}", name)
+    if name not in SETS and not (is_scaled and min(make_case(name, DTYPES["float32"]).numels) > 0):
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(SETS)}, bert-large/WIDTH/WORDS (divisors), got {text!r}"
+        )
     return name
 
 
@@ -283,11 +311,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     add("--raw", type=Path, metavar="FILE", help="append what each job measured, call by call")
     add("--reread", type=Path, metavar="FILE", help="make the tables of a --raw file, run nothing")
     given = parser.parse_args(arguments)
-    for option in ("rounds", "repeats", "minutes"):
-        if getattr(given, option) <= 0:
-            parser.error(f"--{option} must be positive, got {getattr(given, option)}")
-    if min(given.ranks) < 2:
-        parser.error(f"--ranks must be at least 2, got {given.ranks}")
+    check_amounts(parser, given, 2)
     if not given.reread and not given.environment:
         given.environment = [own_environment()]
     return given

@@ -1,16 +1,19 @@
 """What this machine's memory allows collectives between the ranks of one node.
 
     mpirun -n 2 python benchmarks/memory_traffic.py --json benchmarks/results/memory_traffic.jsonl
+    mpirun -n 2 python benchmarks/memory_traffic.py --cases 1M 256M
 
-All ranks work at the same time, in turns with the calls that they are a limit for, on ResNet-50's
-gradients. "scale in place" reads and writes a rank's tensors once; "read" reads them once. "write
-lines" and "read lines" copy blocks that fit a cache: into memory that another rank has just read,
-and from memory that another rank has just written, so that every line moves between two cores.
+All ranks work at the same time, in turns with the calls that they are a limit for, on one tensor or
+on ResNet-50's gradients, which each has just read: they lie in its cache if they fit. "scale in
+place" reads and writes a rank's tensors once; "read" reads them once. "write lines" and "read
+lines" copy blocks that fit a cache: into memory that another rank has just read, and from memory
+that another rank has just written, so that every line moves between two cores.
 
 The limits are a model: times of these works, added up. With N bytes on each of P ranks, who has
 ordinary tensors reads and writes them once, writes N into shared lines (what others reduce, and
 what it has reduced) and reads 2 N (P - 1) / P; tensors in shared memory are read and written where
 they are. Adasum looks at tensors in shared memory a second time; at others it looks in a cache.
+"sum by MPI" is what Allreduce of mpi4py takes for as many bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from compare_cases import size_bytes
 
 import adareduce.torch as hvd
 from adareduce.bench import machine, presets
@@ -34,6 +40,7 @@ from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
 _BLOCK_BYTES = 256 << 10
 _BLOCKS = 64  # of a repeat
 _WARMUPS = 3
+_LEAST_BYTES = 128 << 10
 # The works whose times add up to a limit.
 _LIMITS = {
     "sum, ordinary": ["scale in place", "write lines", "read lines"],
@@ -90,12 +97,36 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def calls(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
-    """The works on a rank's own memory, and the calls that the limits are for."""
-    numels = [torch.Size(shape).numel() for shape in shapes]
-    flat, buffer = torch.ones(sum(numels)), hvd.empty_shared(sum(numels))
-    buffer.zero_()
-    ordinary, shared = list(flat.split(numels)), list(buffer.split(numels))
+@dataclass(frozen=True)
+class Memory:
+    """A rank's tensors, and the flat buffers that they are parts of."""
+
+    flat: torch.Tensor
+    buffer: torch.Tensor  # all ranks map it
+    array: np.ndarray  # MPI's
+    numels: list[int]
+
+    @classmethod
+    def of(cls, numels: list[int]) -> Memory:
+        """New ones. Collective."""
+        flat, buffer = torch.ones(sum(numels)), hvd.empty_shared(sum(numels))
+        return cls(flat, buffer.zero_(), np.zeros(sum(numels), np.float32), numels)
+
+    def look_at(self, name: str) -> None:
+        """Reads what the work or call `name` is going to: it lies in a cache then if it fits."""
+        if name.endswith("MPI"):
+            memory = torch.from_numpy(self.array)
+        else:
+            memory = self.buffer if name.endswith("shared") else self.flat
+        torch.dot(memory, memory)
+
+
+def calls(memory: Memory, comm: Any) -> dict[str, Callable[[], object]]:
+    """The works on a rank's own memory, the calls that the limits are for, and a peer's."""
+    from mpi4py import MPI  # not before hvd.init()
+
+    flat = memory.flat
+    ordinary, shared = list(flat.split(memory.numels)), list(memory.buffer.split(memory.numels))
     return {
         "scale in place": lambda: flat.mul_(-1.0),
         "read": lambda: torch.dot(flat, flat),
@@ -104,16 +135,21 @@ def calls(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], object]]:
         "Adasum, ordinary": lambda: hvd.grouped_allreduce_(ordinary, op=hvd.Adasum),
         "sum, shared": lambda: hvd.grouped_allreduce_(shared, op=hvd.Average),
         "Adasum, shared": lambda: hvd.grouped_allreduce_(shared, op=hvd.Adasum),
+        "sum by MPI": lambda: comm.Allreduce(MPI.IN_PLACE, memory.array),
     }
 
 
 def main() -> int:
-    """Prints a table, appends a JSON line; returns the exit status. Collective."""
+    """Prints a table per case, appends JSON lines; returns the exit status. Collective."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--cases", nargs="+", type=_case, default=["1M", "16M", "resnet50"], metavar="CASE",
+        help="bytes of one float32 tensor (K, M, G: 1024 each) or resnet50 (1M 16M resnet50)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=20, help="turns of each work (20)")
-    parser.add_argument("--json", metavar="FILE", help="append a JSON line")
+    parser.add_argument("--json", metavar="FILE", help="append JSON lines")
     given = parser.parse_args()
     if given.repeats < LEAST_REPEATS:
         parser.error(f"--repeats must be at least {LEAST_REPEATS}, got {given.repeats}")
@@ -122,16 +158,39 @@ def main() -> int:
     ranks = Ranks()
     if len(set(ranks.hosts)) > 1 or ranks.size < 2:
         raise SystemExit("memory_traffic.py: it must have 2 or more ranks, all on one host")
-    shapes = presets.resnet50()
-    num_bytes = 4 * sum(torch.Size(shape).numel() for shape in shapes)
-    works = calls(shapes)
+    for case in given.cases:
+        row = measure(ranks, case, given.repeats)
+        if ranks.rank == 0:
+            report(row)
+            if given.json:
+                with Path(given.json).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    return 0
+
+
+def make_numels(case: str) -> list[int]:
+    """Elements of a case's tensors; ValueError where there is no such case."""
+    if case == "resnet50":
+        return [torch.Size(shape).numel() for shape in presets.resnet50()]
+    if size_bytes(case) < _LEAST_BYTES:
+        raise ValueError(f"a size must be at least 128K, since less goes another way, got {case!r}")
+    return [size_bytes(case) // 4]
+
+
+def measure(ranks: Ranks, case: str, repeats: int) -> dict[str, Any]:
+    """One case; its row. Collective."""
+    memory = Memory.of(make_numels(case))
+    num_bytes = 4 * sum(memory.numels)
+    works = calls(memory, ranks.comm)
     lines = Lines(ranks, num_bytes)
     found: dict[str, list[float]] = {name: [] for name in (*works, "write lines", "read lines")}
     round_trips = []
-    for repeat in range(-_WARMUPS, given.repeats):
+    requests = dict(hvd.shared_memory_choices().requests)
+    for repeat in range(-_WARMUPS, repeats):
         round_trip = ranks.core_round_trip_ns()
         once = lines.seconds()
         for name, run in works.items():
+            memory.look_at(name)
             ranks.align()
             once[name] = timed(run)
         if repeat >= 0:
@@ -142,33 +201,28 @@ def main() -> int:
     sums = {name: sum(mine[work] for work in works) for name, works in _LIMITS.items()}
     seconds_of, limits = slowest(ranks, mine), slowest(ranks, sums)
     choices = hvd.shared_memory_choices()
-    if not choices.used or choices.requests["in place"] < 2 * given.repeats:
+    if not choices.used or choices.requests["in place"] - requests["in place"] < 2 * repeats:
         raise SystemExit(f"memory_traffic.py: ranks must share memory, got {choices}")
-    if ranks.rank == 0:
-        row = {
-            "ranks": ranks.size,
-            "bytes": num_bytes,
-            "median_seconds": {name: summarise(s).median for name, s in seconds_of.items()},
-            "limit_seconds": {name: summarise(s).median for name, s in limits.items()},
-            "ratios": {
-                name: ratio_of_medians(seconds_of[name], limit)._asdict()
-                for name, limit in limits.items()
-            },
-            "core_round_trip_ns": _median(round_trips),
-            "settings": {"repeats": given.repeats, "block_bytes": _BLOCK_BYTES},
-            "choices": choices._asdict(),
-            **machine.describe(),
-        }
-        report(row)
-        if given.json:
-            with Path(given.json).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    return 0
+    return {
+        "case": case,
+        "ranks": ranks.size,
+        "bytes": num_bytes,
+        "median_seconds": {name: summarise(s).median for name, s in seconds_of.items()},
+        "limit_seconds": {name: summarise(s).median for name, s in limits.items()},
+        "ratios": {
+            name: ratio_of_medians(seconds_of[name], limit)._asdict()
+            for name, limit in limits.items()
+        },
+        "core_round_trip_ns": _median(round_trips),
+        "settings": {"repeats": repeats, "block_bytes": _BLOCK_BYTES},
+        "choices_so_far": choices._asdict(),
+        **machine.describe(),
+    }
 
 
 def report(row: dict) -> None:
     """Prints the row."""
-    print(f"{row['ranks']} ranks, {row['bytes'] / 1e6:.0f} MB each")
+    print(f"{row['case']}: {row['ranks']} ranks, {row['bytes'] / 1e6:.1f} MB each")
     for name, seconds in row["median_seconds"].items():
         line = f"{name:<20} {1e3 * seconds:8.2f} ms"
         if name in row["ratios"]:
@@ -178,6 +232,14 @@ def report(row: dict) -> None:
                 f" ratio {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
             )
         print(line)
+
+
+def _case(text: str) -> str:
+    try:
+        make_numels(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or resnet50") from None
+    return text
 
 
 def _median(values: list[float | None]) -> float | None:

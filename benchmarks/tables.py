@@ -167,14 +167,32 @@ def targets(rows: list[Row]) -> str:
 
 def traffic(rows: list[Row]) -> str:
     """What memory's works and the calls that consist of them take, and the limit by the model."""
-    lines = [["ranks", "work or call", "ms", "limit (ms)", "call / limit"]]
+    lines = [["case", "ranks", "work or call", "ms", "limit (ms)", "call / limit"]]
     for row in rows:
         for name, seconds in row["median_seconds"].items():
             limit = row["limit_seconds"].get(name)
             lines.append([
-                str(row["ranks"]), name, ms_text(seconds), "" if limit is None else ms_text(limit),
+                row["case"], str(row["ranks"]), name, ms_text(seconds),
+                "" if limit is None else ms_text(limit),
                 ratio_text(row["ratios"].get(name), ""),
             ])  # fmt: skip
+    return markdown(lines)
+
+
+def versions(rows: list[Row]) -> str:
+    """A line for each call in compare_versions.py: both versions' times, after / before."""
+    lines = [["call", "ranks", "start", "repeats", "wrong", "before (ms)", "after (ms)",
+              "after / before"]]  # fmt: skip
+    for row in rows:
+        compared = row["compared"]
+        if compared and row["kind"] == "difference":
+            low, value, high = (1e3 * compared[key] for key in ("low", "value", "high"))
+            text = f"{value:+.2g} ms [{low:+.2g}, {high:+.2g}]"
+        else:
+            text = ratio_text(compared, "") or NO_RATIO
+        medians = (ms_text(row["median_seconds"][side]) for side in ("before", "after"))
+        lines.append([row["case"], str(row["ranks"]), row["launch"], str(row["repeats"]),
+                      str(sum(row["wrong"].values())), *medians, text])  # fmt: skip
     return markdown(lines)
 
 
@@ -214,6 +232,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "peers": peers,
     "targets": targets,
     "traffic": traffic,
+    "versions": versions,
     "gpu_kernels": gpu_kernels,
     "gpu_collectives": gpu_collectives,
 }
@@ -224,28 +243,18 @@ KEYS = {
     "steps": ("ranks", "commit"),
     "peers": ("case", "ranks", "dtype", "op", "form", "mpi"),
     "targets": ("case", "ranks", "dtype", "op", "form", "mpi"),
-    "traffic": ("ranks",),
+    "traffic": ("case", "ranks"),
+    "versions": ("case", "ranks", "launch", "settings"),
     "gpu_kernels": ("gpu", "kernel", "dtype", "set"),
-    "gpu_collectives": (
-        "gpu",
-        "collective",
-        "redop",
-        "ranks",
-        "path",
-        "dtype",
-        "tensors",
-        "bytes",
-        "stats",
-        "graph",
-    ),
-}
+    "gpu_collectives": ("gpu", "collective", "redop", "ranks", "path", "dtype", "tensors", "bytes",
+                        "stats", "graph"),
+}  # fmt: skip
 
 
 def origin(rows: list[Row]) -> str:
     """Where the numbers come from, one line."""
     texts = dict.fromkeys(
-        f"{processor(r)}, torch"
-        f" {r['versions']['torch']}, commit {(r['commit'] or 'unknown')[:9]}, {r['date'][:10]}"
+        f"{processor(r)}, torch {r['versions']['torch']}, commit {commits(r)}, {r['date'][:10]}"
         for r in rows
     )
     trips = [r["core_round_trip_ns"] for r in rows if r.get("core_round_trip_ns") is not None]
@@ -258,6 +267,12 @@ def origin(rows: list[Row]) -> str:
         else ""
     )
     return f"\n*{'; '.join(texts)}.{probe}*\n"
+
+
+def commits(row: Row) -> str:
+    """What was measured; of two versions "before -> after"."""
+    found = [row["before"]["commit"]] if "before" in row else []
+    return " -> ".join((commit or "unknown")[:9] for commit in [*found, row["commit"]])
 
 
 def processor(row: Row) -> str:
@@ -289,10 +304,10 @@ def ratio_text(ratio: Row | None, note: str) -> str:
 
 
 def states_text(row: Row) -> str:
-    """The share of repeats with near cores; where it says something, with far and other ones."""
-    near, far, unsteady = (row["states"][key] for key in ("near", "far", "unsteady"))
-    text = f"{100 * near:.0f} %"
-    return text if unsteady < 0.05 else f"{text} (far {100 * far:.0f} %)"
+    """The share of repeats with near cores; where others say something, theirs."""
+    shares = {key: f"{100 * share:.0f} %" for key, share in row["states"].items()}
+    others = [f"{key} {shares[key]}" for key in ("far", "one core") if row["states"][key] >= 0.005]
+    return f"{shares['near']} ({', '.join(others)})" if others else shares["near"]
 
 
 def peer_text(entry: Row | None) -> str:

@@ -73,6 +73,15 @@ def test_rounds_take_turns_and_the_tables_can_be_made_again_of_what_was_measured
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.parametrize(
+    "key", ["bert-large/2", "bert-large/0/1", "bert-large/2000/1", "resnet50/2/2", "vgg"]
+)
+def test_a_set_that_does_not_exist_is_named(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare_peers.main(["--sets", key])
+    assert f"bert-large/WIDTH/WORDS (divisors), got '{key}'" in capsys.readouterr().err
+
+
 def test_no_job_begins_when_the_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_peers.main([*BRIEF, "--minutes", "1e-9"], run=played()) == 1
     assert "--minutes=1e-09 are over after 0 of 5 jobs" in capsys.readouterr().err
@@ -194,7 +203,7 @@ def test_one_wrong_element_on_one_rank_is_found_and_horovod_is_compared_where_it
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(BREAK)
     (tmp_path / "horovod").mkdir()
-    (tmp_path / "horovod" / "__init__.py").write_text("")
+    (tmp_path / "horovod" / "__init__.py").write_text('__version__ = "as the test says"')
     (tmp_path / "horovod" / "torch.py").write_text(HOROVOD)
     python = tmp_path / "python"
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
@@ -217,3 +226,4 @@ def test_one_wrong_element_on_one_rank_is_found_and_horovod_is_compared_where_it
         assert row["peers"]["horovod"]["contender"] == f"horovod {op} each"
         assert row["peers"]["horovod"]["ratio"]["all"]["value"] > 0
         assert row["peers"]["horovod"]["wrong"] == 0
+        assert row["versions"]["horovod"] == "as the test says"

@@ -62,9 +62,9 @@ def test_fewer_than_5_repeats_in_all_give_no_ratio() -> None:
 
 
 def test_a_repeat_is_near_or_far_if_both_round_trips_around_it_say_so() -> None:
-    trips = [80.0, 90.0, 400.0, 450.0, 90_000.0, None, 100.0]
+    trips = [80.0, 90.0, 400.0, 450.0, 90_000.0, None, 100.0, 50.0, 51.0]
     assert compare_report.states(trips) == [
-        "near", "unsteady", "far", "unsteady", "unsteady", "unsteady",
+        "near", "unsteady", "far", "unsteady", "unsteady", "unsteady", "unsteady", "one core",
     ]  # fmt: skip
 
 
@@ -75,7 +75,12 @@ def test_a_row_has_the_best_form_of_each_peer_and_each_mpi_by_its_own_jobs() -> 
     lines = [job_line("MPICH 5.0.2", MPICH), job_line("Open MPI 5.0.11", OPENMPI)]
     row, adasum_row = compare_report.make_rows(lines)
     assert (row["op"], row["form"], row["rounds"], row["repeats"]) == ("sum", "ordinary", 2, 22)
-    assert row["states"] == {"near": 10 / 22, "far": 10 / 22, "unsteady": 2 / 22}
+    assert row["states"] == {
+        "near": 10 / 22,
+        "far": 10 / 22,
+        "one core": 0,
+        "unsteady": 2 / 22,
+    }
     ratios = {name: p["ratio"]["all"]["value"] for name, p in row["peers"].items() if "ratio" in p}
     assert ratios == pytest.approx({"gloo": 0.1 / 0.011, "MPICH": 5.0, "Open MPI": 2.0})
     assert row["peers"]["gloo"]["contender"] == "gloo sum flat"

@@ -17,29 +17,35 @@ import tables  # noqa: E402
 pytestmark = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")
 
 
-def run(ranks: int, file: Path) -> mpirun.Result:
+def run(ranks: int, file: Path, *cases: str) -> mpirun.Result:
     script = str(ROOT / "benchmarks" / "memory_traffic.py")
     return mpirun.run(
-        ranks, [sys.executable, script, "--repeats", "5", "--json", str(file)], limit=240.0
+        ranks, [sys.executable, script, "--repeats", "5", "--json", str(file), *cases], limit=240.0
     )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_limits_are_made_of_works_that_were_measured(tmp_path: Path, ranks: int) -> None:
     file = tmp_path / "rows.jsonl"
-    result = run(ranks, file)
+    result = run(ranks, file, "--cases", "1M", "resnet50")
     assert result.returncode == 0, str(result)
     assert result.left_behind == []
-    row = json.loads(file.read_text())
-    assert row["ranks"] == ranks
-    assert row["bytes"] == 4 * 25_557_032
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["case"], row["bytes"]) for row in rows] == [
+        ("1M", 1 << 20),
+        ("resnet50", 4 * 25_557_032),
+    ]
     names = {"sum, ordinary", "Adasum, ordinary", "sum, shared", "Adasum, shared"}
-    assert set(row["limit_seconds"]) == set(row["ratios"]) == names
-    medians = row["median_seconds"]
-    assert set(medians) == names | {"scale in place", "read", "write lines", "read lines"}
-    # Tensors that lie where all ranks see them need one pass, and nothing else.
-    assert row["limit_seconds"]["sum, shared"] == medians["scale in place"]
-    assert tables.traffic([row]).count("\n") == 1 + len(medians)
+    works = names | {"scale in place", "read", "write lines", "read lines"}
+    works.add("sum by MPI")
+    for row in rows:
+        assert row["ranks"] == ranks
+        assert set(row["limit_seconds"]) == set(row["ratios"]) == names
+        medians = row["median_seconds"]
+        assert set(medians) == works
+        # Tensors that lie where all ranks see them need one pass, and nothing else.
+        assert row["limit_seconds"]["sum, shared"] == medians["scale in place"]
+    assert tables.traffic(rows).count("\n") == 1 + 2 * len(works)
     assert all(name in result.out[0] for name in names)
     assert result.out[1:] == [""] * (ranks - 1)
 
@@ -48,4 +54,18 @@ def test_one_rank_has_nobody_to_share_with(tmp_path: Path) -> None:
     result = run(1, tmp_path / "rows.jsonl")
     assert result.returncode != 0
     assert "must have 2 or more ranks" in result.err[0]
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [
+        ("resnet51", "a size must be like 4K or 64M, got 'resnet51', or resnet50"),
+        ("64K", "a size must be at least 128K, since less goes another way, got '64K'"),
+    ],
+)
+def test_a_case_that_cannot_be_is_named(tmp_path: Path, case: str, rule: str) -> None:
+    result = run(2, tmp_path / "rows.jsonl", "--cases", case)
+    assert result.returncode != 0
+    assert rule in result.err[0]
     assert not (tmp_path / "rows.jsonl").exists()
