@@ -223,13 +223,12 @@ def _median(lines: list[Line], name: str) -> float:
 
 def _reason(prefix: str, lines: list[Line]) -> str:
     library = prefix.split()[0]
-    for line in lines:
-        if library in line["missing"]:
-            return str(line["missing"][library])
+    for line in lines:  # of a job that had the library, if there is one
         for name, reason in line["unavailable"].items():
             if name.startswith(prefix):
                 return str(reason)
-    return "not measured"
+    found = [line["missing"][library] for line in lines if library in line["missing"]]
+    return str(found[0]) if found else "not measured"
 
 
 def _medians(values: torch.Tensor) -> torch.Tensor:

@@ -71,11 +71,15 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
             print(f"compare_versions.py: --json must be a file that can be written,"
                   f" got {given.json}: {error.strerror}")  # fmt: skip
             return 2
-    lines, failures = measure(given, run)
-    rows = make_rows(lines)
-    if given.json:
-        with given.json.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+    lines: list[Line] = []
+    failures: list[str] = []
+    try:
+        measure(given, run, lines, failures)
+    finally:  # also of what an interrupt has left unfinished
+        rows = make_rows(lines)
+        if given.json:
+            with given.json.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
     if rows:
         print(f"\n{tables.versions(rows)}\n{tables.origin(rows)}")
     for row in rows:
@@ -88,8 +92,8 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
     return 1 if failures or not rows else 0
 
 
-def measure(given: argparse.Namespace, run: Run) -> tuple[list[Line], list[str]]:
-    """All jobs, in turns; their lines, and what failed."""
+def measure(given: argparse.Namespace, run: Run, lines: list[Line], failures: list[str]) -> None:
+    """All jobs, in turns; adds their lines, and what failed."""
     deadline = time.monotonic() + 60 * given.minutes
     starts = [Start(ranks, "mpirun") for ranks in given.ranks]
     starts += [Start(1, "alone")] if 1 in given.ranks else []
@@ -98,8 +102,6 @@ def measure(given: argparse.Namespace, run: Run) -> tuple[list[Line], list[str]]
     settings = {"PYTHONPATH": "", "ADAREDUCE_BENCH_COMMIT": "", "ADAREDUCE_SHARED_MEMORY": "off"}
     settings |= dict(given.setting)
     limit = _LIMIT_SECONDS + _LIMIT_PER_TURN * given.repeats
-    lines: list[Line] = []
-    failures: list[str] = []
     for number in range(given.rounds):
         for start in starts:
             cases = [c for c in given.cases if start.ranks > 1 or c in ONE_RANK_CASES]
@@ -108,7 +110,7 @@ def measure(given: argparse.Namespace, run: Run) -> tuple[list[Line], list[str]]
             if time.monotonic() > deadline:
                 note(f"--minutes={given.minutes:g} are over before round {number + 1} with"
                      f" {start.ranks} ranks ({start.launch})")  # fmt: skip
-                return lines, failures
+                return
             options = [word for case in cases for word in ("--case", case)]
             options.append(f"--repeats={given.repeats}")
             for side in _SIDES if number % 2 == 0 else reversed(_SIDES):
@@ -121,7 +123,6 @@ def measure(given: argparse.Namespace, run: Run) -> tuple[list[Line], list[str]]
                 if failure:
                     failures.append(f"{title}: {failure}")
                 note(f"{title}: {time.monotonic() - begin:.0f} s")
-    return lines, failures
 
 
 def make_rows(lines: Sequence[Line]) -> list[Line]:

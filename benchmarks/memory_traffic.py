@@ -158,6 +158,12 @@ def main() -> int:
     ranks = Ranks()
     if len(set(ranks.hosts)) > 1 or ranks.size < 2:
         raise SystemExit("memory_traffic.py: it must have 2 or more ranks, all on one host")
+    if given.json:
+        try:
+            Path(given.json).open("a").close()  # all ranks, so that none waits for one that cannot
+        except OSError as error:
+            raise SystemExit(f"memory_traffic.py: --json must be a file that can be written,"
+                             f" got {given.json}: {error.strerror}") from error  # fmt: skip
     for case in given.cases:
         row = measure(ranks, case, given.repeats)
         if ranks.rank == 0:

@@ -172,7 +172,9 @@ def traffic(rows: list[Row]) -> str:
         for name, seconds in row["median_seconds"].items():
             limit = row["limit_seconds"].get(name)
             lines.append([
-                row["case"], str(row["ranks"]), name, ms_text(seconds),
+                row["case"], str(row["ranks"]),
+                f"sum by {row['versions']['mpi']}" if name.endswith("MPI") else name,
+                ms_text(seconds),
                 "" if limit is None else ms_text(limit),
                 ratio_text(row["ratios"].get(name), ""),
             ])  # fmt: skip
@@ -243,7 +245,7 @@ KEYS = {
     "steps": ("ranks", "commit"),
     "peers": ("case", "ranks", "dtype", "op", "form", "mpi"),
     "targets": ("case", "ranks", "dtype", "op", "form", "mpi"),
-    "traffic": ("case", "ranks"),
+    "traffic": ("case", "ranks", "mpi"),
     "versions": ("case", "ranks", "launch", "settings"),
     "gpu_kernels": ("gpu", "kernel", "dtype", "set"),
     "gpu_collectives": ("gpu", "collective", "redop", "ranks", "path", "dtype", "tensors", "bytes",
@@ -261,8 +263,8 @@ def origin(rows: list[Row]) -> str:
     trips.sort()
     far = sum(trip > FAR_NS for trip in trips)
     probe = (
-        f" Round trip between the cores: median {trips[len(trips) // 2]:.0f} ns, far (more than"
-        f" {FAR_NS} ns) in {far} of {len(trips)} rows."
+        f" Round trip between the cores: median {trips[len(trips) // 2]:.0f} ns; the medians of"
+        f" {far} of {len(trips)} rows are far (more than {FAR_NS} ns)."
         if trips
         else ""
     )

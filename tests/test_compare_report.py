@@ -90,6 +90,16 @@ def test_a_row_has_the_best_form_of_each_peer_and_each_mpi_by_its_own_jobs() -> 
     assert row["versions"]["mpi"] == "MPICH 5.0.2, Open MPI 5.0.11"
 
 
+def test_a_job_that_had_a_library_tells_why_it_was_not_measured() -> None:
+    of_mpich = job_line("MPICH 5.0.2", MPICH, missing={"horovod": "not installed"})
+    of_openmpi = job_line(
+        "Open MPI 5.0.11", OPENMPI, missing={}, unavailable={"horovod sum each": "no such type"}
+    )
+    for lines in ([of_mpich, of_openmpi], [of_openmpi, of_mpich]):
+        row, _ = compare_report.make_rows(lines)
+        assert row["peers"]["horovod"] == {"unavailable": "no such type"}
+
+
 def verdicts(row: dict[str, Any]) -> dict[tuple[str, str], tuple[str | None, str]]:
     """By limit and state: against whom, and the verdict."""
     return {

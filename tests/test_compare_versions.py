@@ -129,6 +129,21 @@ def test_a_row_has_after_over_before_and_both_commits_and_the_table_shows_it(
     assert "commit before -> after" in printed
 
 
+def test_what_was_measured_before_an_interrupt_is_kept(both: list[str], tmp_path: Path) -> None:
+    played, file = Played(), tmp_path / "rows.jsonl"
+
+    def interrupted(*job: Any) -> Any:
+        if len(played.commands) == 5:
+            raise KeyboardInterrupt
+        return played(*job)
+
+    options = [*both, "--ranks", "2", "--cases", "sum-4K", "--json", str(file)]
+    with pytest.raises(KeyboardInterrupt):
+        compare_versions.main(options, run=interrupted)
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert row["rounds"] == 2  # of both versions
+
+
 def test_four_rounds_give_no_ratio(both: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     options = [*both, "--ranks", "2", "--cases", "sum-4K", "--rounds", "4"]
     assert compare_versions.main(options, run=Played()) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 import mpirun
@@ -28,30 +30,38 @@ LATE_CALLS = 4
 MOST_LATE_CPU_SECONDS = LATE_CALLS * LATE_SECONDS / 10
 
 LATE_PROGRAM = f"""
+from adareduce.runtime import current_job
 hvd.init()
+looks = lambda: current_job().engine.shared_memory(0).long_looks
 for numel in (1000, 1_000_000):
     tensor = torch.ones(numel)
     hvd.allreduce_(tensor)
-    used = 0.0
+    used, looked = 0.0, 0
     for _ in range({LATE_CALLS}):
         hvd.barrier()
         if hvd.rank() == 0:
             time.sleep({LATE_SECONDS})
-        begin = time.process_time()
+        begin, before = time.process_time(), looks()
         hvd.allreduce_(tensor)
         used += time.process_time() - begin
-    print(used)
+        looked += looks() - before
+    print(used, looked)
 """
 
 needs_mpi = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has no MPI")
 
 
 @needs_mpi
-def test_who_waits_for_a_late_rank_soon_sleeps() -> None:
-    result = mpirun.run(2, mpirun.script(LATE_PROGRAM), limit=120.0)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_who_waits_for_a_late_rank_looks_for_long_once_and_soon_sleeps(workers: int) -> None:
+    given = {"ADAREDUCE_WORKERS": str(workers)}
+    result = mpirun.run(2, mpirun.script(LATE_PROGRAM), variables=given, limit=120.0)
     assert result.returncode == 0, str(result)
-    for used in map(float, result.out[1].split()):
-        assert used < MOST_LATE_CPU_SECONDS, f"{used} s of CPU in {LATE_CALLS} calls"
+    has_cores = len(os.sched_getaffinity(0)) >= 2 * workers
+    for line in result.out[1].splitlines():
+        used, looked = line.split()
+        assert float(used) < MOST_LATE_CPU_SECONDS, f"{used} s of CPU in {LATE_CALLS} calls"
+        assert int(looked) >= LATE_CALLS if has_cores else int(looked) == 0
 
 
 @needs_mpi

@@ -57,6 +57,12 @@ def test_one_rank_has_nobody_to_share_with(tmp_path: Path) -> None:
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    result = run(2, tmp_path / "no" / "rows.jsonl")
+    assert result.returncode != 0
+    assert "--json must be a file that can be written" in result.err[0]
+
+
 @pytest.mark.parametrize(
     ("case", "rule"),
     [

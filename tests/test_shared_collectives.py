@@ -6,6 +6,7 @@ in long double with the bound of reference.adasum_with_bound; exact numbers.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -754,6 +755,34 @@ def test_repeating_a_call_visits_all_choices_and_keeps_its_bits(
     for results in others:
         for left, right in zip(results, first, strict=True):
             assert reference.same_bits(left, right)
+
+
+@pytest.mark.parametrize("choice", range(NUM_CHOICES))
+def test_a_caller_looks_for_long_within_a_call_only_where_that_was_chosen(choice: int) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs 2 cores")
+    calls = 20
+
+    def body(rank: ThreadRank) -> int:
+        tensor = np.ones(4 << 20, np.float32)
+        for _ in range(calls):
+            rank.grouped_allreduce([tensor], drives=True)
+        return rank.engine.shared_memory(0).long_looks
+
+    looks = run_shared(2, body, shared_choice=choice)
+    if "short looks" in testing.SharedTuning.choices()[choice]:
+        assert max(looks) <= calls  # for the others to come to the call
+    else:
+        assert max(looks) > calls
+
+
+def test_the_engine_s_thread_never_looks_for_long() -> None:
+    def body(rank: ThreadRank) -> int:
+        for numel in (10, 1 << 20):
+            rank.allreduce(np.ones(numel, np.float32))
+        return rank.engine.shared_memory(0).long_looks
+
+    assert run_shared(2, body, shared_choice=0) == [0, 0]
 
 
 def test_a_choice_that_does_not_exist_is_refused() -> None:

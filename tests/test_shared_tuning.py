@@ -22,12 +22,13 @@ def run(
     seconds: Sequence[float],
     nbytes: int = BYTES,
     is_adasum: bool = False,
+    is_caller: bool = True,
 ) -> list[int]:
     """What was proposed, where a request with choice c takes seconds[c]."""
     proposed = []
     for _ in range(requests):
-        choice = tuning.propose(is_adasum, nbytes)
-        tuning.record(is_adasum, nbytes, choice, seconds[choice])
+        choice = tuning.propose(is_adasum, nbytes, is_caller)
+        tuning.record(is_adasum, nbytes, is_caller, choice, seconds[choice])
         proposed.append(choice)
     return proposed
 
@@ -81,9 +82,9 @@ def test_it_notices_when_the_best_has_become_slow() -> None:
 def test_one_slow_request_changes_nothing() -> None:
     tuning = testing.SharedTuning()
     run(tuning, LONG, times(1, ratio=3.0))
-    while tuning.propose(False, BYTES) != 1:
+    while tuning.propose(False, BYTES, True) != 1:
         pass
-    tuning.record(False, BYTES, 1, 5.0)
+    tuning.record(False, BYTES, True, 1, 5.0)
     counts = Counter(run(tuning, 96, times(1, ratio=3.0)))
     assert counts[1] >= 85
 
@@ -93,8 +94,8 @@ def test_the_first_sample_may_be_slow() -> None:
     tuning = testing.SharedTuning()
     seen = set()
     while 2 not in seen:
-        choice = tuning.propose(False, BYTES)
-        tuning.record(False, BYTES, choice, 50.0 if choice == 2 else times(2)[choice])
+        choice = tuning.propose(False, BYTES, True)
+        tuning.record(False, BYTES, True, choice, 50.0 if choice == 2 else times(2)[choice])
         seen.add(choice)
     counts = Counter(run(tuning, FEW + LONG, times(2)))
     assert counts[2] >= 0.9 * LONG
@@ -115,11 +116,25 @@ def test_kinds_and_sizes_are_learnt_apart() -> None:
     assert {requests for _, _, requests in rows} == {FEW}
 
 
+def test_the_engine_s_thread_learns_by_itself_and_only_what_it_can_tell_apart() -> None:
+    tuning = testing.SharedTuning()
+    run(tuning, FEW, times(3))
+    proposed = run(tuning, LONG, times(1), is_caller=False)
+    assert Counter(proposed)[1] >= 0.9 * LONG
+    alike = [number for number, text in enumerate(CHOICES) if "short looks" in text]
+    assert alike
+    assert not set(proposed) & set(alike)  # the same to it as one with long looks
+    assert tuning.rows() == [
+        ("element by element, 8 MiB to 32 MiB", CHOICES[3], FEW),
+        ("element by element, 8 MiB to 32 MiB, in the background", CHOICES[1], LONG),
+    ]
+
+
 def test_requests_that_end_without_a_time_use_up_no_trial() -> None:
     # They failed, or went another way in the end.
     tuning = testing.SharedTuning()
     for _ in range(100):
-        tuning.propose(False, BYTES)
+        tuning.propose(False, BYTES, True)
     run(tuning, FEW, times(3))
     (row,) = tuning.rows()
     assert row[1] == CHOICES[3]
@@ -129,7 +144,7 @@ def test_what_moves_nothing_teaches_nothing() -> None:
     tuning = testing.SharedTuning()
     run(tuning, FEW, times(2), nbytes=MIB)
     for _ in range(50):
-        tuning.record(False, 0, 0, 0.0)
-        tuning.record(False, MIB, len(CHOICES) + 1, 0.0)
+        tuning.record(False, 0, True, 0, 0.0)
+        tuning.record(False, MIB, True, len(CHOICES) + 1, 0.0)
     (row,) = tuning.rows()
     assert row[1] == CHOICES[2]

@@ -121,6 +121,7 @@ class ThreadRank:
         splits: Sequence[int] = (),
         groups: Sequence[int] | None = None,
         local_squares: Sequence[float] = (),
+        drives: bool = False,
     ) -> Pending:
         inputs = list(arrays)
         results = [np.zeros_like(array) for array in inputs] if outputs is None else list(outputs)
@@ -128,7 +129,8 @@ class ThreadRank:
         if dtype is None:
             dtype = [array.dtype.name for array in inputs]
         dtypes = [dtype] * len(inputs) if isinstance(dtype, str) else dtype
-        handle = self.engine.submit(
+        enqueue = self.engine.run if drives else self.engine.submit
+        handle = enqueue(
             process_set=process_set,
             collective=COLLECTIVES[collective],
             name=name,

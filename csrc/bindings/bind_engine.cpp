@@ -167,7 +167,8 @@ void bind_engine(py::module_& module) {
                                  rows.emplace_back(row.what, row.choice, row.requests);
                                return rows;
                              })
-      .def_readonly("requests", &Facts::requests);
+      .def_readonly("requests", &Facts::requests)
+      .def_readonly("long_looks", &Facts::long_looks);
   py::class_<EngineHolder> engine(module, "Engine");
   bind_device(module, engine);
   engine

@@ -101,13 +101,14 @@ void bind_tuning(py::module_& module) {
                     return texts;
                   })
       .def("propose",
-           [](SharedTuning& tuning, bool is_adasum, std::int64_t bytes) {
-             return tuning.propose(allreduce_of(is_adasum), bytes);
+           [](SharedTuning& tuning, bool is_adasum, std::int64_t bytes, bool is_caller) {
+             return tuning.propose(allreduce_of(is_adasum), bytes, is_caller);
            })
-      .def(
-          "record",
-          [](SharedTuning& tuning, bool is_adasum, std::int64_t bytes, std::uint32_t choice,
-             double took) { tuning.record(allreduce_of(is_adasum), bytes, choice, Seconds{took}); })
+      .def("record",
+           [](SharedTuning& tuning, bool is_adasum, std::int64_t bytes, bool is_caller,
+              std::uint32_t choice, double took) {
+             tuning.record(allreduce_of(is_adasum), bytes, is_caller, choice, Seconds{took});
+           })
       .def("rows", [](const SharedTuning& tuning) {
         py::list rows;
         for (const SharedTuning::Row& row : tuning.rows())

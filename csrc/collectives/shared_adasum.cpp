@@ -79,7 +79,7 @@ Task add_level(SharedWalk& walk, const SharedChunk& chunk, std::int64_t segment,
       const std::uint32_t round = ++memory.level_rounds;
       walk.pack(part, memory.level_data(round, walk.rank()));
       memory.signal(SharedMemory::kLevel, round);
-      co_await memory.wait(SharedMemory::kLevel, round);
+      co_await memory.wait(SharedMemory::kLevel, round, walk.context().looks_long);
       if (!walk.is_mine(piece)) continue;
       for (Rank rank = 0; rank < walk.size(); ++rank)
         inputs[index_of(rank)] = memory.level_data(round, rank);
@@ -98,7 +98,7 @@ Task climb(SharedWalk& walk, const SharedChunk& chunk, std::int64_t segment, Ada
     const std::uint32_t round = ++memory.level_rounds;
     std::ranges::copy(stats, memory.level(round, walk.rank()));
     memory.signal(SharedMemory::kLevel, round);
-    co_await memory.wait(SharedMemory::kLevel, round);
+    co_await memory.wait(SharedMemory::kLevel, round, walk.context().looks_long);
     for (std::size_t i = 0; i < stats.size(); ++i) {
       stats[i] = 0;
       for (Rank rank = 0; rank < walk.size(); ++rank) stats[i] += memory.level(round, rank)[i];

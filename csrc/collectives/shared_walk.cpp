@@ -139,11 +139,12 @@ void unpack_chunk(SharedWalk& walk, int index) {
       [&](const SharedPiece& part) { walk.unpack(part, walk.slot(chunk, part, part.owner)); });
 }
 
-Task add_totals(SharedMemory& memory, std::vector<double>& mine) {
+Task add_totals(const SharedContext& context, std::vector<double>& mine) {
+  SharedMemory& memory = context.memory;
   if (mine.empty() || memory.size() == 1) co_return;
   std::copy(mine.begin(), mine.end(), memory.totals(memory.rank()));
   memory.signal(SharedMemory::kTotals, ++memory.totals_rounds);
-  co_await memory.wait(SharedMemory::kTotals, memory.totals_rounds);
+  co_await memory.wait(SharedMemory::kTotals, memory.totals_rounds, context.looks_long);
   for (std::size_t i = 0; i < mine.size(); ++i) {
     mine[i] = 0;
     for (Rank rank = 0; rank < memory.size(); ++rank) mine[i] += memory.totals(rank)[i];

@@ -20,6 +20,7 @@ struct SharedContext {
   const KernelTable& kernels;
   const PeerKernelTable& peer_kernels;
   bool streams = false;        ///< copies into slots leave nothing in this core's cache
+  bool looks_long = false;     ///< callers, while they wait for a work of the others
   Workers* workers = nullptr;  ///< null: the calling thread does everything
 };
 
@@ -75,7 +76,7 @@ class SharedWalk {
   void finish();
   /// Signal `signal` of all other ranks for `chunk`; -1: for all chunks of earlier walks.
   SharedMemory::Wait wait(SharedMemory::Signal signal, int chunk) const {
-    return context_.memory.wait(signal, epoch_of(chunk));
+    return context_.memory.wait(signal, epoch_of(chunk), context_.looks_long);
   }
   void signal(SharedMemory::Signal signal, int chunk) const {
     context_.memory.signal(signal, epoch_of(chunk));
@@ -249,6 +250,6 @@ class Never final : public Exchange {
 
 /// A sum over all ranks of `mine`, in rank order: equal bits everywhere. At most once per request.
 /// Collective; at most SharedMemory::kTotalsNumel numbers.
-Task add_totals(SharedMemory& memory, std::vector<double>& mine);
+Task add_totals(const SharedContext& context, std::vector<double>& mine);
 
 }  // namespace adareduce

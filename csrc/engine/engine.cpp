@@ -98,6 +98,7 @@ Engine::SharedFacts Engine::shared_facts(int process_set) {
     facts.choices = set->shared()->tuning().rows();
     const SharedRoutes& routes = set->shared()->routes();
     facts.requests = {routes.on_boards, routes.through_slots, routes.in_place, routes.as_messages};
+    facts.long_looks = set->shared()->memory().long_looks();
   } else {
     const std::lock_guard lock(mutex_);
     facts.why_not = why_not_shared_[process_set];

@@ -53,6 +53,7 @@ class Engine {
     std::vector<SharedTuning::Row> choices;
     /// As SharedRoutes: by board, through slots, in place, as messages.
     std::array<std::int64_t, 4> requests{};
+    std::int64_t long_looks = 0;  ///< as SharedMemory's
   };
   SharedFacts shared_facts(int process_set);
   /// Memory of `bytes` of every rank of the set, which all of them map. Collective; blocks. Null on

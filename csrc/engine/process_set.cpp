@@ -287,9 +287,11 @@ void ProcessSet::prepare(Work& work) {
     if (rank() != 0) return;
     // In place nothing goes through slots, and nothing is to be chosen.
     work.has_proposal = !settings_.shared_choice && work.header.placement == 0;
-    work.header.choice = work.has_proposal ? shared_->tuning().propose(
-                                                 request, bytes_moved(request, *work.plan, size()))
-                                           : settings_.shared_choice.value_or(0);
+    work.is_callers = shared_->memory().is_caller();
+    work.header.choice =
+        work.has_proposal ? shared_->tuning().propose(
+                                request, bytes_moved(request, *work.plan, size()), work.is_callers)
+                          : settings_.shared_choice.value_or(0);
   } catch (const std::bad_alloc&) {
     work.header.flags |= kFailed;
     work.request.flags |= kFailed;
@@ -339,7 +341,7 @@ Task ProcessSet::execute_agreed(Work& work, Result& result) {
   co_await execute_shared(*shared_, work.request, *work.plan, workspace_, work.header, result);
   if (work.has_proposal)
     shared_->tuning().record(work.request, bytes_moved(work.request, *work.plan, size()),
-                             work.header.choice, Clock::now() - begin);
+                             work.is_callers, work.header.choice, Clock::now() - begin);
 }
 
 // The ranks do not all want the same. Throws for a rank whose caller waits for a result.

@@ -109,6 +109,7 @@ class ProcessSet {
     bool is_shared = false;     ///< goes through shared memory
     bool is_posted = false;     ///< its header is on the board
     bool has_proposal = false;  ///< its choice is the tuning's
+    bool is_callers = false;    ///< who drove it when that was proposed
   };
   struct Channel {
     int header_tag = 0;

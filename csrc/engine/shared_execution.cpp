@@ -14,7 +14,8 @@
 namespace adareduce {
 namespace {
 
-constexpr std::uint32_t kResidentChoice = 0;
+// There are no slots to choose for; chunks should stay in a second-level cache.
+constexpr std::uint32_t kResidentChoice = 4;
 
 std::size_t index_of(std::int64_t index) { return static_cast<std::size_t>(index); }
 
@@ -162,7 +163,6 @@ const SharedSchedule& schedule_of(SharedNode& node, const Request& request, cons
 Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, const Header& header,
                   Result& result) {
   const bool is_resident = header.placement != 0;
-  // There are no slots to choose for; chunks should stay in a second-level cache.
   const std::uint32_t choice = is_resident ? kResidentChoice : header.choice;
   const SharedContext context = node.context(SharedTuning::choices()[choice]);
   const auto size = static_cast<std::size_t>(node.memory().size());
@@ -212,7 +212,7 @@ Task reduce_large(SharedNode& node, const Request& request, const Plan& plan, co
   const std::size_t num_squares = totals.size();
   if (is_resident || owners_count)
     totals.insert(totals.end(), statistics.nonfinite.begin(), statistics.nonfinite.end());
-  co_await add_totals(node.memory(), totals);
+  co_await add_totals(context, totals);
   for (std::size_t t = num_squares; t < totals.size(); ++t)
     statistics.nonfinite[t - num_squares] = static_cast<std::int64_t>(totals[t]);
   statistics.groups = group_statistics(std::span(totals).first(num_squares), static_cast<int>(size),

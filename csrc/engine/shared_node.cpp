@@ -166,12 +166,13 @@ std::unique_ptr<SharedNode> SharedNode::make(Transport& control, std::span<const
         SharedWindows::make(control.rank(), control.size(), SharedMemory::segment_bytes(), gather);
     const std::ptrdiff_t num_cpus = count_cpus(cpus);
     const bool may_spin = num_cpus >= ranks_of_this_node(layout);
+    const bool may_look_long = may_spin && num_cpus >= num_workers;
     const auto self = static_cast<std::size_t>(control.rank());
     if (workers != nullptr &&
         (num_cpus < num_workers || count_cpus(setups[self].cpus) < settings.workers))
       workers->stop_spinning();
     return std::unique_ptr<SharedNode>(
-        new SharedNode(std::move(windows), may_spin, kernels, std::move(workers),
+        new SharedNode(std::move(windows), may_spin, may_look_long, kernels, std::move(workers),
                        crowding_of(setups, self, num_cpus, num_workers)));
   } catch (const SharedMemoryError& error) {
     why_not = error.what();
@@ -221,8 +222,7 @@ void SharedNode::post(int board, const Header& header) {
 }
 
 SharedMemory::Wait SharedNode::wait_for_posts(int board, std::uint64_t sequence) {
-  memory_.set_looks(true);
-  return memory_.wait(signal_of(board), static_cast<std::uint32_t>(sequence + 1));
+  return memory_.wait(signal_of(board), static_cast<std::uint32_t>(sequence + 1), true);
 }
 
 void SharedNode::merge_posts(int board, Header& header) const {

@@ -42,8 +42,8 @@ class SharedNode {
   SharedRoutes& routes() { return routes_; }
   const GramTree& tree() const { return tree_; }  ///< of at most GramTree::kMaxLeaves ranks
   SharedContext context(const SharedChoice& choice) {
-    memory_.set_looks(choice.looks_long);
-    return {memory_, kernels_, cpu_peer_kernels(), choice.streams, workers_.get()};
+    return {memory_,        kernels_,          cpu_peer_kernels(),
+            choice.streams, choice.looks_long, workers_.get()};
   }
   /// Threads that walk a large request on this rank.
   int num_workers() const { return workers_ == nullptr ? 1 : workers_->count(); }
@@ -69,9 +69,9 @@ class SharedNode {
   std::vector<void*> addresses_of(const Request& request) const;
 
  private:
-  SharedNode(std::shared_ptr<SharedWindows> windows, bool may_spin, const KernelTable& kernels,
-             std::shared_ptr<Workers> workers, std::string crowding)
-      : memory_(std::move(windows), may_spin),
+  SharedNode(std::shared_ptr<SharedWindows> windows, bool may_spin, bool may_look_long,
+             const KernelTable& kernels, std::shared_ptr<Workers> workers, std::string crowding)
+      : memory_(std::move(windows), may_spin, may_look_long),
         kernels_(kernels),
         workers_(std::move(workers)),
         crowding_(std::move(crowding)) {

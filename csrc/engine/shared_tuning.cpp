@@ -17,6 +17,8 @@ constexpr std::array<const char*, 4> kKindNames{"element by element", "Adasum", 
 constexpr int kFirstTrials = 2;
 constexpr std::int64_t kFirstTryEvery = 5;
 constexpr std::int64_t kTryEvery = 23;
+// Those of choices() that the engine's thread, which never looks for long, can tell apart.
+constexpr std::size_t kChoicesOfEngine = 4;
 // The part of a new sample in the running mean; the first ones count more.
 constexpr double kWeight = 0.25;
 
@@ -54,10 +56,11 @@ int SharedTuning::kind_of(const Request& request) {
   }
 }
 
-SharedTuning::Class& SharedTuning::class_of(const Request& request, std::int64_t bytes) {
-  Class& of = classes_[static_cast<std::size_t>(kind_of(request))]
+SharedTuning::Class& SharedTuning::class_of(const Request& request, std::int64_t bytes,
+                                            bool is_caller) {
+  Class& of = classes_[is_caller ? 0 : 1][static_cast<std::size_t>(kind_of(request))]
                       [static_cast<std::size_t>(size_class(bytes))];
-  if (of.candidates.empty()) of.candidates.resize(choices().size());
+  if (of.candidates.empty()) of.candidates.resize(is_caller ? choices().size() : kChoicesOfEngine);
   return of;
 }
 
@@ -71,9 +74,9 @@ std::uint32_t SharedTuning::best(const Class& of) {
   return is_known(*least) ? static_cast<std::uint32_t>(least - of.candidates.begin()) : 0;
 }
 
-std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes) {
+std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes, bool is_caller) {
   const std::lock_guard lock(mutex_);
-  Class& of = class_of(request, bytes);
+  Class& of = class_of(request, bytes, is_caller);
   const std::int64_t request_number = of.requests++;
   const auto fewest = std::min_element(
       of.candidates.begin(), of.candidates.end(),
@@ -88,11 +91,12 @@ std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes) 
   return best(of);
 }
 
-void SharedTuning::record(const Request& request, std::int64_t bytes, std::uint32_t choice,
-                          Seconds took) {
-  if (bytes <= 0 || choice >= choices().size()) return;
+void SharedTuning::record(const Request& request, std::int64_t bytes, bool is_caller,
+                          std::uint32_t choice, Seconds took) {
   const std::lock_guard lock(mutex_);
-  Candidate& candidate = class_of(request, bytes).candidates[choice];
+  Class& of = class_of(request, bytes, is_caller);
+  if (bytes <= 0 || choice >= of.candidates.size()) return;
+  Candidate& candidate = of.candidates[choice];
   const double sample = took.count() / static_cast<double>(bytes);
   const double weight = std::max(kWeight, 1.0 / ++candidate.samples);
   // The first sample of all pays for pages that are touched for the first time.
@@ -105,19 +109,21 @@ void SharedTuning::record(const Request& request, std::int64_t bytes, std::uint3
 std::vector<SharedTuning::Row> SharedTuning::rows() const {
   const std::lock_guard lock(mutex_);
   std::vector<Row> rows;
-  for (int kind = 0; kind < kKinds; ++kind)
-    for (int size = 0; size < kSizes; ++size) {
-      const Class& of = classes_[static_cast<std::size_t>(kind)][static_cast<std::size_t>(size)];
-      if (of.requests == 0) continue;
-      const auto limit = [](int index) {
-        return concat(kSizeLimits[static_cast<std::size_t>(index)] / kMiB, " MiB");
-      };
-      rows.push_back({concat(kKindNames[static_cast<std::size_t>(kind)], ", ",
-                             size == 0            ? concat("below ", limit(0))
-                             : size == kSizes - 1 ? concat("from ", limit(size - 1))
-                                                  : concat(limit(size - 1), " to ", limit(size))),
-                      choices()[best(of)].text(), of.requests});
-    }
+  const auto limit = [](int index) {
+    return concat(kSizeLimits[static_cast<std::size_t>(index)] / kMiB, " MiB");
+  };
+  for (const Classes& classes : classes_)
+    for (int kind = 0; kind < kKinds; ++kind)
+      for (int size = 0; size < kSizes; ++size) {
+        const Class& of = classes[static_cast<std::size_t>(kind)][static_cast<std::size_t>(size)];
+        if (of.requests == 0) continue;
+        rows.push_back({concat(kKindNames[static_cast<std::size_t>(kind)], ", ",
+                               size == 0            ? concat("below ", limit(0))
+                               : size == kSizes - 1 ? concat("from ", limit(size - 1))
+                                                    : concat(limit(size - 1), " to ", limit(size)),
+                               &classes == &classes_[0] ? "" : ", in the background"),
+                        choices()[best(of)].text(), of.requests});
+      }
   return rows;
 }
 

@@ -15,8 +15,9 @@ namespace adareduce {
 struct SharedChoice {
   std::int64_t chunk_bytes = 0;
   bool streams = false;  ///< copies into slots by stores that leave nothing in a cache
-  /// A caller looks for longer before it sleeps. Not where its core and the late rank's are one.
-  bool looks_long = true;
+  /// A caller looks for longer at what it waits for. Not where its core and the late rank's are
+  /// one.
+  bool looks_long = false;
 
   /// "chunks of 512 KiB, streaming stores, long looks"
   std::string text() const;
@@ -30,13 +31,15 @@ class SharedTuning {
 
   /// Which of choices() this rank proposes for a request that moves `bytes`: mostly the best one
   /// (the first, until others are known), now and then another, to notice when that is better.
-  std::uint32_t propose(const Request& request, std::int64_t bytes);
+  /// `is_caller`: its caller drives it, not the engine's thread, which never looks for long.
+  std::uint32_t propose(const Request& request, std::int64_t bytes, bool is_caller);
   /// What the request with this proposal took, from the agreement to the end.
-  void record(const Request& request, std::int64_t bytes, std::uint32_t choice, Seconds took);
+  void record(const Request& request, std::int64_t bytes, bool is_caller, std::uint32_t choice,
+              Seconds took);
 
   /// What is proposed at present.
   struct Row {
-    std::string what;  ///< "element by element, 8 MiB to 32 MiB"
+    std::string what;  ///< "element by element, 8 MiB to 32 MiB, in the background"
     std::string choice;
     std::int64_t requests = 0;
   };
@@ -56,11 +59,12 @@ class SharedTuning {
 
   static int kind_of(const Request& request);
   static int size_class(std::int64_t bytes);
-  Class& class_of(const Request& request, std::int64_t bytes);
+  Class& class_of(const Request& request, std::int64_t bytes, bool is_caller);
   static std::uint32_t best(const Class& of);
 
   mutable std::mutex mutex_;
-  std::array<std::array<Class, kSizes>, kKinds> classes_;  // guarded by mutex_
+  using Classes = std::array<std::array<Class, kSizes>, kKinds>;
+  std::array<Classes, 2> classes_;  // of callers, of the engine's thread; guarded by mutex_
 };
 
 }  // namespace adareduce

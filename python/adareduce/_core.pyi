@@ -53,6 +53,7 @@ class SharedFacts:
     workers: int
     choices: list[tuple[str, str, int]]
     requests: list[int]
+    long_looks: int
 
 class Engine:
     @staticmethod

@@ -8,8 +8,8 @@ namespace {
 // Busy looks at a counter before anything else: some 20 us where every rank has its core. Ranks
 // that share one give it away at once.
 constexpr int kPauses = 500;
-// A caller's first look at a counter: some 400 us where a pause takes 40 ns. Ranks come to a call
-// that far apart, and to be woken takes 60 us on the virtual machine of docs/performance.md.
+// A caller's first look at a counter: some 400 us where a pause takes 40 ns. To be woken would take
+// longer than a small call.
 constexpr int kCallerPauses = 10000;
 constexpr int kYieldsAlone = 20;
 constexpr int kYieldsShared = 200;
@@ -34,9 +34,10 @@ struct SharedMemory::Segment {
 
 std::int64_t SharedMemory::segment_bytes() { return static_cast<std::int64_t>(sizeof(Segment)); }
 
-SharedMemory::SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin)
+SharedMemory::SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin,
+                           bool may_look_long)
     : windows_(std::move(windows)),
-      may_spin_(may_spin),
+      may_look_long_(may_look_long),
       patience_{.pauses = may_spin ? kPauses : 0,
                 .yields = may_spin ? kYieldsAlone : kYieldsShared,
                 .longest_sleep = Seconds{0}},
@@ -68,9 +69,13 @@ bool SharedMemory::has_any(Signal signal, std::uint32_t epoch) const {
 }
 
 bool SharedMemory::Wait::is_soon() {
-  const bool looks_long = memory_.may_spin_ && memory_.is_caller_ && memory_.looks_long_;
-  const int pauses = looks_long ? kCallerPauses : memory_.patience_.pauses;
-  return wait_.poll() || wait_.wait({.pauses = pauses, .yields = 0, .longest_sleep = Seconds{0}});
+  if (wait_.poll()) return true;
+  int pauses = memory_.patience_.pauses;
+  if (looks_long_ && memory_.is_caller_ && memory_.may_look_long_) {
+    pauses = kCallerPauses;
+    memory_.long_looks_.fetch_add(1, std::memory_order_relaxed);
+  }
+  return wait_.wait({.pauses = pauses, .yields = 0, .longest_sleep = Seconds{0}});
 }
 
 bool SharedMemory::Wait::test() {

@@ -1,5 +1,6 @@
 #pragma once
 #include <array>
+#include <atomic>
 #include <memory>
 #include <span>
 #include <utility>
@@ -45,8 +46,9 @@ class SharedMemory {
   /// Bytes of a rank's segment.
   static std::int64_t segment_bytes();
 
-  /// `windows` of segment_bytes() each, zero. `may_spin`: every rank has a core for itself.
-  SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin);
+  /// `windows` of segment_bytes() each, zero. `may_spin`: every rank has a core for itself;
+  /// `may_look_long`: and its other workers have one each, too.
+  SharedMemory(std::shared_ptr<SharedWindows> windows, bool may_spin, bool may_look_long);
 
   Rank rank() const { return windows_->rank(); }
   int size() const { return windows_->size(); }
@@ -61,8 +63,10 @@ class SharedMemory {
   /// Waits until every other rank's counter has come to `epoch`.
   class Wait final : public Exchange {
    public:
-    Wait(SharedMemory& memory, Signal signal, std::uint32_t epoch)
-        : memory_(memory), wait_(memory.peers_[static_cast<std::size_t>(signal)], epoch) {}
+    Wait(SharedMemory& memory, Signal signal, std::uint32_t epoch, bool looks_long)
+        : memory_(memory),
+          wait_(memory.peers_[static_cast<std::size_t>(signal)], epoch),
+          looks_long_(looks_long) {}
     /// As test(), but only busily and for a short time.
     bool is_soon();
     /// Sleeps for a moment where that is allowed and nothing else helps.
@@ -71,9 +75,14 @@ class SharedMemory {
    private:
     SharedMemory& memory_;
     EpochWait wait_;
+    const bool looks_long_;
     int tests_ = 0;  ///< in vain
   };
-  Wait wait(Signal signal, std::uint32_t epoch) { return {*this, signal, epoch}; }
+  /// `looks_long`: a caller, who has nothing else to do with its core, looks for longer than the
+  /// engine's thread, beside which a rank computes.
+  Wait wait(Signal signal, std::uint32_t epoch, bool looks_long) {
+    return {*this, signal, epoch, looks_long};
+  }
 
   /// Place `sequence` % 2 of a board: a header and a payload. Who may write the next one but one:
   /// those who have seen that all have posted the next.
@@ -90,12 +99,12 @@ class SharedMemory {
   std::uint32_t level_rounds = 0;
   std::uint32_t totals_rounds = 0;
 
-  /// Who waits from now on. is_soon() of a caller, who has nothing else to do with its core, looks
-  /// for longer than that of the engine's thread, beside which a rank computes. test() does not
-  /// sleep at all (0) where the thread has other things to do as well.
+  /// Who waits from now on, and how long test() may sleep: not at all (0) where the thread has
+  /// other things to do as well.
   void set_waiter(Seconds longest_sleep, bool is_caller);
-  /// Whether a caller looks for longer at all: yes while ranks meet, then as was chosen.
-  void set_looks(bool are_long) { looks_long_ = are_long; }
+  bool is_caller() const { return is_caller_; }
+  /// How often a caller has looked for longer. Any thread.
+  std::int64_t long_looks() const { return long_looks_.load(std::memory_order_relaxed); }
   /// Whether test() has slept since the last call.
   bool has_slept() { return std::exchange(has_slept_, false); }
 
@@ -104,9 +113,9 @@ class SharedMemory {
   Segment& of(Rank rank) const;
 
   std::shared_ptr<SharedWindows> windows_;
-  const bool may_spin_;
+  const bool may_look_long_;
   bool is_caller_ = false;
-  bool looks_long_ = true;
+  std::atomic<std::int64_t> long_looks_{0};
   Patience patience_;
   bool has_slept_ = false;
   std::vector<std::vector<Epoch*>> peers_;  // by signal

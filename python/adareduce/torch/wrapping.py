@@ -38,6 +38,7 @@ class Wrapper(torch.optim.Optimizer):
     @abc.abstractmethod  # for readers: a metaclass of ours could not meet an optimizer's own
     def prepare(self) -> None:
         """Makes what depends on the parameters."""
+        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, on all ranks between the same steps. Not collective.
