@@ -5,15 +5,16 @@
 
 All ranks work at the same time, in turns with the calls that they are a limit for, on one tensor or
 on ResNet-50's gradients, which each has just read: they lie in its cache if they fit. "scale in
-place" reads and writes a rank's tensors once; "read" reads them once. "write lines" and "read
-lines" copy blocks that fit a cache: into memory that another rank has just read, and from memory
-that another rank has just written, so that every line moves between two cores.
+place" reads and writes a rank's tensors once; "read" reads them once.
 
-The limits are a model: times of these works, added up. With N bytes on each of P ranks, who has
-ordinary tensors reads and writes them once, writes N into shared lines (what others reduce, and
-what it has reduced) and reads 2 N (P - 1) / P; tensors in shared memory are read and written where
-they are. Adasum looks at tensors in shared memory a second time; at others it looks in a cache.
-"sum by MPI" is what Allreduce of mpi4py takes for as many bytes.
+"pack", "combine" and "unpack" are what a sum of ordinary tensors moves at least, by torch's copy_
+and add_, in blocks that fit a cache, and without the time in which ranks wait for each other. With
+N bytes on each of P ranks, each copies N (P - 1) / P into memory that all map, adds up its share of
+everybody's, writes N / P of results into its tensors and into that memory, and copies the others'
+results out of it. Every line of that memory moves from the core that wrote it to those that read
+it. Adasum moves the same. Tensors in shared memory are read and written where they are; Adasum
+looks at them a second time, unless a tensor fits into a cache. "sum by MPI" is what Allreduce of
+mpi4py takes for as many bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,51 +39,62 @@ from adareduce.bench import machine, presets
 from adareduce.bench.ranks import Ranks
 from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
 
-_BLOCK_BYTES = 256 << 10
-_BLOCKS = 64  # of a repeat
+_BLOCK_BYTES = 256 << 10  # of a rank's share
 _WARMUPS = 3
 _LEAST_BYTES = 128 << 10
+_MOVES = ("pack", "combine", "unpack")
 # The works whose times add up to a limit.
 _LIMITS = {
-    "sum, ordinary": ["scale in place", "write lines", "read lines"],
-    "Adasum, ordinary": ["scale in place", "write lines", "read lines"],
+    "sum, ordinary": list(_MOVES),
+    "Adasum, ordinary": list(_MOVES),
     "sum, shared": ["scale in place"],
     "Adasum, shared": ["scale in place", "read"],
 }
 
 
-class Lines:
-    """Blocks of memory that all ranks map: everybody writes its own and reads its neighbour's."""
+class Moves:
+    """What a sum of `flat` on all ranks moves, through memory that all of them map."""
 
-    def __init__(self, ranks: Ranks, num_bytes: int) -> None:
+    def __init__(self, ranks: Ranks, flat: torch.Tensor) -> None:
         self._ranks = ranks
+        share = min(_BLOCK_BYTES // 4, flat.numel() // ranks.size)  # elements of a block
+        num_blocks = flat.numel() // (ranks.size * share)
+        covered = num_blocks * ranks.size * share
+        self._blocks = flat[:covered].view(num_blocks, ranks.size, share)
+        self._scale = flat.numel() / covered
         # A file of memory, whose name is gone as soon as all ranks have mapped it.
         with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
             name = ranks.broadcast(file.name)
-            numel = ranks.size * _BLOCK_BYTES // 4
+            numel = ranks.size * ranks.size * share
             if ranks.rank == 0:
                 file.truncate(4 * numel)
             ranks.align()
             memory = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
             ranks.align()
-        self._blocks = memory.view(ranks.size, -1)
-        self._private = torch.ones(_BLOCK_BYTES // 4)
-        self._empty = torch.empty(0)  # what a call costs that copies nothing
-        self._scale = num_bytes / (_BLOCKS * _BLOCK_BYTES)
+        # Of each rank what it has of each rank's share; in its own place its results.
+        self._slots = memory.view(ranks.size, ranks.size, share)
 
     def seconds(self) -> dict[str, float]:
-        """What it takes to write all bytes once, and to read all that the neighbours have."""
-        mine = self._blocks[self._ranks.rank]
-        theirs = self._blocks[(self._ranks.rank + 1) % self._ranks.size]
-        share = 2 * (self._ranks.size - 1) / self._ranks.size
-        written, read = 0.0, 0.0
-        for _ in range(_BLOCKS):
-            self._ranks.align()
-            empty = timed(lambda: self._empty.copy_(self._empty))
-            written += timed(lambda: mine.copy_(self._private)) - empty
-            self._ranks.align()
-            read += timed(lambda: self._private.copy_(theirs)) - empty
-        return {"write lines": written * self._scale, "read lines": read * self._scale * share}
+        """Of all blocks, on this rank. Collective."""
+        me = self._ranks.rank
+        mine, others = self._slots[me], [r for r in range(self._ranks.size) if r != me]
+        found = dict.fromkeys(_MOVES, 0.0)
+        for block in self._blocks:
+            moves = {
+                "pack": [partial(mine[r].copy_, block[r]) for r in others],
+                "combine": [
+                    *(partial(block[me].add_, self._slots[r, me]) for r in others),
+                    partial(mine[me].copy_, block[me]),
+                ],
+                "unpack": [partial(block[r].copy_, self._slots[r, r]) for r in others],
+            }
+            for name, works in moves.items():
+                self._ranks.align()
+                begin = time.perf_counter()
+                for work in works:
+                    work()
+                found[name] += time.perf_counter() - begin
+        return {name: seconds * self._scale for name, seconds in found.items()}
 
 
 def slowest(ranks: Ranks, mine: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -188,13 +201,15 @@ def measure(ranks: Ranks, case: str, repeats: int) -> dict[str, Any]:
     memory = Memory.of(make_numels(case))
     num_bytes = 4 * sum(memory.numels)
     works = calls(memory, ranks.comm)
-    lines = Lines(ranks, num_bytes)
-    found: dict[str, list[float]] = {name: [] for name in (*works, "write lines", "read lines")}
+    moves = Moves(ranks, memory.flat)
+    found: dict[str, list[float]] = {name: [] for name in (*works, *_MOVES)}
     round_trips = []
     requests = dict(hvd.shared_memory_choices().requests)
     for repeat in range(-_WARMUPS, repeats):
         round_trip = ranks.core_round_trip_ns()
-        once = lines.seconds()
+        memory.look_at(_MOVES[0])
+        once = moves.seconds()
+        memory.flat.fill_(1.0)  # sums of sums would overflow
         for name, run in works.items():
             memory.look_at(name)
             ranks.align()
