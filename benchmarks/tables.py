@@ -61,7 +61,23 @@ def field(row: Row, key: str) -> object:
         return row["versions"]["mpi"]
     if key in ("stats", "graph"):
         return row["settings"].get(key, False)
+    if key == "processor":
+        return processor(row)
     return row["gpu"]["name"] if key == "gpu" else row[key]
+
+
+def by_processor(table: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
+    """A table for each processor, under its name, where there are several."""
+
+    def tables_of(rows: list[Row]) -> str:
+        found: dict[str, list[Row]] = {}
+        for row in rows:
+            found.setdefault(processor(row), []).append(row)
+        if len(found) == 1:
+            return table(rows)
+        return "\n\n".join(f"**{name}**\n\n{table(of)}" for name, of in found.items())
+
+    return tables_of
 
 
 def kernels(rows: list[Row]) -> str:
@@ -231,9 +247,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "kernels": kernels,
     "collectives": collectives,
     "steps": steps,
-    "peers": peers,
-    "targets": targets,
-    "traffic": traffic,
+    "peers": by_processor(peers),
+    "targets": by_processor(targets),
+    "traffic": by_processor(traffic),
     "versions": versions,
     "gpu_kernels": gpu_kernels,
     "gpu_collectives": gpu_collectives,
@@ -243,9 +259,9 @@ KEYS = {
     "kernels": ("isa", "dtype", "kernel", "bytes", "threads"),
     "collectives": ("collective", "redop", "ranks", "dtype", "tensors", "bytes", "mpi", "stats"),
     "steps": ("ranks", "commit"),
-    "peers": ("case", "ranks", "dtype", "op", "form", "mpi"),
-    "targets": ("case", "ranks", "dtype", "op", "form", "mpi"),
-    "traffic": ("case", "ranks", "mpi"),
+    "peers": ("processor", "case", "ranks", "dtype", "op", "form", "mpi"),
+    "targets": ("processor", "case", "ranks", "dtype", "op", "form", "mpi"),
+    "traffic": ("processor", "case", "ranks", "mpi"),
     "versions": ("case", "ranks", "launch", "settings"),
     "gpu_kernels": ("gpu", "kernel", "dtype", "set"),
     "gpu_collectives": ("gpu", "collective", "redop", "ranks", "path", "dtype", "tensors", "bytes",

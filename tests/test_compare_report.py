@@ -192,3 +192,18 @@ def test_too_few_repeats_show_times_and_no_ratio() -> None:
     (row, _) = compare_report.make_rows([line])
     assert "| 100, no ratio flat; packed 150 |" in tables.peers([row])
     assert {entry["verdict"] for entry in row["targets"]} == {"not measured"}
+
+
+def test_each_processor_has_a_table_of_its_own() -> None:
+    other = {"cpu": "another CPU", "usable_cores": 2}
+    (row, _), (row_of_other, _) = (
+        compare_report.make_rows([job_line("MPICH 5.0.2", MPICH, **changed)])
+        for changed in ({}, {"machine": other})
+    )
+    table = tables.TABLES["peers"]([row, row_of_other])
+    first, second = table.split("**another CPU, 2 cores**")
+    assert first.startswith("**a CPU, 2 cores**")
+    assert first.count("| resnet50 |") == second.count("| resnet50 |") == 1
+    assert tables.TABLES["peers"]([row]) == tables.peers([row])  # nobody to be told from
+    keys = {tables.field(r, "processor") for r in (row, row_of_other)}
+    assert keys == {"a CPU, 2 cores", "another CPU, 2 cores"}
