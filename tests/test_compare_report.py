@@ -207,3 +207,14 @@ def test_each_processor_has_a_table_of_its_own() -> None:
     assert tables.TABLES["peers"]([row]) == tables.peers([row])  # nobody to be told from
     keys = {tables.field(r, "processor") for r in (row, row_of_other)}
     assert keys == {"a CPU, 2 cores", "another CPU, 2 cores"}
+
+
+def test_no_target_is_met_while_a_peer_of_the_row_has_too_few_repeats_of_that_state() -> None:
+    far = [400.0] * 12
+    of_mpich = job_line("MPICH 5.0.2", MPICH)
+    of_openmpi = job_line("Open MPI 5.0.11", OPENMPI, round_trips_ns=far)
+    fast = {**of_mpich["seconds"], "mpi sum flat": [0.9] * 11}
+    row, _ = compare_report.make_rows([{**of_mpich, "seconds": fast}, of_openmpi])
+    found = {(t["target"][:3], t["state"]): t["verdict"] for t in row["targets"]}
+    assert found["sum", "near"] == "not measured"  # Open MPI was never near
+    assert found["sum", "far"] == "missed"  # by Open MPI
