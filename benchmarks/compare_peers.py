@@ -93,9 +93,7 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
     else:
         lines, failures = measure(given, run or run_job)
     rows = make_rows(lines)
-    if given.json:
-        with given.json.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+    append(given.json, rows)
     if rows:
         print(f"\n{tables.peers(rows)}\n\n{_STATE}\n{tables.origin(rows)}")
         if any(row["targets"] for row in rows):
@@ -116,6 +114,13 @@ def main(arguments: Sequence[str] | None = None, run: Run | None = None) -> int:
                     )
         return 1
     return 1 if failures or not rows else 0
+
+
+def append(file: Path | None, lines: Sequence[Line]) -> None:
+    """Adds JSON lines to a file, if there is one."""
+    if file:
+        with file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def measure(given: argparse.Namespace, run: Run) -> tuple[list[Line], list[str]]:
@@ -146,9 +151,7 @@ def measure(given: argparse.Namespace, run: Run) -> tuple[list[Line], list[str]]
         for line in found:
             line["round"] = number
         lines += found
-        if given.raw:
-            with given.raw.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps(line) + "\n" for line in found)
+        append(given.raw, found)
         title = f"round {number + 1}, {ranks} ranks, {environment.python}"
         if failure:
             failures.append(f"{title}: {failure}")

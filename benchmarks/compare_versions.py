@@ -15,7 +15,6 @@ nothing to measure or to write to.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import statistics
@@ -30,7 +29,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import tables
-from compare_peers import Environment, check_amounts, find_environment, note, run_command
+from compare_peers import (
+    Environment,
+    append,
+    check_amounts,
+    find_environment,
+    note,
+    run_command,
+)
 from compare_report import Line, interval
 from version_cases import MAKERS
 from version_job import LIFE
@@ -77,9 +83,7 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
         measure(given, run, lines, failures)
     finally:  # also of what an interrupt has left unfinished
         rows = make_rows(lines)
-        if given.json:
-            with given.json.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps(row) + "\n" for row in rows)
+        append(given.json, rows)
     if rows:
         print(f"\n{tables.versions(rows)}\n{tables.origin(rows)}")
     for row in rows:

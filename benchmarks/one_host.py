@@ -5,12 +5,10 @@ from __future__ import annotations
 import faulthandler
 import os
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import adareduce.torch as hvd
 from adareduce.bench.ranks import Ranks
 
 # Variables that the libraries read, and those of them that say where this project is and how it is
@@ -43,20 +41,16 @@ def run_on_all(ranks: Ranks, body: Callable[[], None], file: str) -> int:
         body: What the job does.
         file: The script's, for messages.
     """
-    try:
+
+    def checked() -> int:
         if len(set(ranks.hosts)) > 1:
             name = Path(file).name
             raise ValueError(f"{name}: all ranks must be on one host, got {set(ranks.hosts)}")
         body()
-    except hvd.HorovodInternalError:
-        raise  # on every rank
-    except Exception:
-        # The others may wait for this rank in MPI, which would not tell them.
-        traceback.print_exc()
-        ranks.abort()
-        return 1
-    faulthandler.cancel_dump_traceback_later()
-    return 0
+        faulthandler.cancel_dump_traceback_later()
+        return 0
+
+    return ranks.run(checked)
 
 
 class StartLine:

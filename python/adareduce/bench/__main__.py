@@ -6,7 +6,6 @@ import functools
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,15 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parse(arguments)
     hvd.init()
     ranks = Ranks()
-    try:
-        return _run(settings, ranks)
-    except hvd.HorovodInternalError:
-        raise  # on every rank
-    except Exception:
-        # The others may wait for this rank in MPI, which would not tell them.
-        traceback.print_exc()
-        ranks.abort()
-        return 1
+    return ranks.run(lambda: _run(settings, ranks))
 
 
 def _run(settings: Settings, ranks: Ranks) -> int:

@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import adareduce.torch as hvd
@@ -102,6 +104,18 @@ class Ranks:
         """Prints on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
+
+    def run(self, body: Callable[[], int]) -> int:
+        """The exit status that `body` returns; a rank that fails alone ends all. Collective."""
+        try:
+            return body()
+        except hvd.HorovodInternalError:
+            raise  # on every rank
+        except Exception:
+            # The others may wait for this rank in MPI, which would not tell them.
+            traceback.print_exc()
+            self.abort()
+            return 1
 
     def abort(self) -> None:
         """Ends all ranks at once; for an error that the others may not know of."""
