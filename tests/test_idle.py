@@ -53,7 +53,7 @@ needs_mpi = pytest.mark.skipif(mpirun.flavour() is None, reason="this build has 
 
 @needs_mpi
 @pytest.mark.parametrize("workers", [1, 3])
-def test_who_waits_for_a_late_rank_looks_for_long_once_and_soon_sleeps(workers: int) -> None:
+def test_who_waits_for_a_late_rank_looks_for_long_and_soon_sleeps(workers: int) -> None:
     given = {"ADAREDUCE_WORKERS": str(workers)}
     result = mpirun.run(2, mpirun.script(LATE_PROGRAM), variables=given, limit=120.0)
     assert result.returncode == 0, str(result)
@@ -61,7 +61,9 @@ def test_who_waits_for_a_late_rank_looks_for_long_once_and_soon_sleeps(workers: 
     for line in result.out[1].splitlines():
         used, looked = line.split()
         assert float(used) < MOST_LATE_CPU_SECONDS, f"{used} s of CPU in {LATE_CALLS} calls"
-        assert int(looked) >= LATE_CALLS if has_cores else int(looked) == 0
+        # Once in each call as a rule: a call that finds the barrier's request not yet taken down
+        # is left to the engine's thread, which never looks for long.
+        assert (int(looked) > 0) == has_cores
 
 
 @needs_mpi
