@@ -3,13 +3,6 @@
 #include <atomic>
 
 namespace adareduce {
-namespace {
-
-// Below this a copy is over before non-temporal stores pay.
-constexpr std::int64_t kFewestStreamedBytes = 4096;
-
-}  // namespace
-
 SharedWalk::SharedWalk(const SharedContext& context, const SharedSchedule& schedule,
                        const SharedTensors& tensors)
     : context_(context),
@@ -116,6 +109,9 @@ std::int64_t SharedWalk::unpack_and_count(const void* from, void* to, std::int64
 
 void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece) const {
   const char* const result = result_of(chunk, piece);
+  if (!is_resident() && streams_results(piece))
+    return context_.peer_kernels.copy(result, piece.numel * width_, slot(chunk, piece, rank()),
+                                      true);
   if (output(piece) != nullptr) unpack(piece, result);
   if (!is_resident()) return;
   for (int step = 1; step < size(); ++step) {

@@ -120,13 +120,15 @@ class SharedWalk {
   std::int64_t count_nonfinite(void* results, std::int64_t numel) const;
   /// Adds to a segment's count. Any thread.
   void add_nonfinite(std::int64_t segment, std::int64_t count) const;
-  /// Results of this rank have been written to result_of(): they go to the output and, where
-  /// tensors are resident, to those of all ranks.
-  void deliver(const SharedChunk& chunk, const SharedPiece& piece) const;
+  /// Where the results of this rank are to be written first.
   char* result_of(const SharedChunk& chunk, const SharedPiece& piece) const {
-    return is_resident() ? resident(piece, rank()) : slot(chunk, piece, rank());
+    if (is_resident()) return resident(piece, rank());
+    return streams_results(piece) ? output(piece) : slot(chunk, piece, rank());
   }
-  /// Elements that pass through the first-level cache together.
+  /// They are there: they go to the output, to the others' slot and, where tensors are resident, to
+  /// those of all ranks.
+  void deliver(const SharedChunk& chunk, const SharedPiece& piece) const;
+  /// Elements of a block: what is read of two ranks, and results, stay in a first-level cache.
   std::int64_t block_numel() const { return kBlockBytes / width_; }
   /// Copies are cut for other threads only.
   SharedCut cut_for_copies() const {
@@ -134,7 +136,9 @@ class SharedWalk {
   }
 
  private:
-  static constexpr std::int64_t kBlockBytes = 16 << 10;
+  static constexpr std::int64_t kBlockBytes = 8 << 10;
+  // Below this a copy is over before non-temporal stores pay.
+  static constexpr std::int64_t kFewestStreamedBytes = 4096;
   // Of what is read. A core moves 64 KiB in some 6 us: below that, telling another one and waiting
   // for it, a few us where it has not gone to sleep, would cost more than its help. An estimate.
   static constexpr std::int64_t kFewestBytesPerThread = 64 << 10;
@@ -143,6 +147,12 @@ class SharedWalk {
   void cut_pieces(const SharedChunk& chunk, std::int64_t longest, Predicate&& picks,
                   Body&& body) const;
 
+  /// Results go to the output at once, and past this core's cache to the slot.
+  bool streams_results(const SharedPiece& piece) const {
+    return context_.streams && tensors_.postscale == 1.0 &&
+           (tensors_.nonfinite == nullptr || tensors_.owners_count) &&
+           piece.numel * width_ >= kFewestStreamedBytes && output(piece) != nullptr;
+  }
   std::int64_t unpack_and_count(const void* from, void* to, std::int64_t numel, double scale,
                                 bool counts) const;
 

@@ -1,6 +1,7 @@
 #include "engine/shared_tuning.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/errors.h"
 
@@ -16,13 +17,23 @@ constexpr std::array<const char*, 4> kKindNames{"element by element", "Adasum", 
 // bucket of a step.
 constexpr int kFirstTrials = 2;
 constexpr std::int64_t kFirstTryEvery = 5;
-constexpr std::int64_t kTryEvery = 23;
+constexpr std::int64_t kTryEvery = 13;
 // Those of choices() that the engine's thread, which never looks for long, can tell apart.
 constexpr std::size_t kChoicesOfEngine = 4;
-// The part of a new sample in the running mean; the first ones count more.
-constexpr double kWeight = 0.25;
 
 }  // namespace
+
+void SharedTuning::Candidate::add(double sample) {
+  seconds_per_byte[static_cast<std::size_t>(samples++) % kWindow] = sample;
+}
+
+double SharedTuning::Candidate::median() const {
+  std::array<double, kWindow> sorted = seconds_per_byte;
+  const auto known = std::min<std::int64_t>(samples, kWindow);
+  const auto middle = sorted.begin() + (known - 1) / 2;
+  std::nth_element(sorted.begin(), middle, sorted.begin() + known);
+  return *middle;
+}
 
 std::string SharedChoice::text() const {
   return concat("chunks of ", chunk_bytes >> 10, " KiB, ",
@@ -69,7 +80,7 @@ std::uint32_t SharedTuning::best(const Class& of) {
   const auto is_known = [](const Candidate& c) { return c.samples >= kFirstTrials; };
   const auto least = std::min_element(
       of.candidates.begin(), of.candidates.end(), [&](const Candidate& a, const Candidate& b) {
-        return is_known(a) && (!is_known(b) || a.seconds_per_byte < b.seconds_per_byte);
+        return is_known(a) && (!is_known(b) || a.median() < b.median());
       });
   return is_known(*least) ? static_cast<std::uint32_t>(least - of.candidates.begin()) : 0;
 }
@@ -78,6 +89,7 @@ std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes, 
   const std::lock_guard lock(mutex_);
   Class& of = class_of(request, bytes, is_caller);
   const std::int64_t request_number = of.requests++;
+  if (of.again) return *std::exchange(of.again, std::nullopt);
   const auto fewest = std::min_element(
       of.candidates.begin(), of.candidates.end(),
       [](const Candidate& a, const Candidate& b) { return a.samples < b.samples; });
@@ -96,14 +108,12 @@ void SharedTuning::record(const Request& request, std::int64_t bytes, bool is_ca
   const std::lock_guard lock(mutex_);
   Class& of = class_of(request, bytes, is_caller);
   if (bytes <= 0 || choice >= of.candidates.size()) return;
-  Candidate& candidate = of.candidates[choice];
   const double sample = took.count() / static_cast<double>(bytes);
-  const double weight = std::max(kWeight, 1.0 / ++candidate.samples);
-  // The first sample of all pays for pages that are touched for the first time.
-  candidate.seconds_per_byte =
-      candidate.samples == 2
-          ? std::min(candidate.seconds_per_byte, sample)
-          : candidate.seconds_per_byte + weight * (sample - candidate.seconds_per_byte);
+  const std::uint32_t leader = best(of);
+  of.candidates[choice].add(sample);
+  if (choice != leader && of.candidates[leader].samples > 0 &&
+      sample < of.candidates[leader].median())
+    of.again = choice;
 }
 
 std::vector<SharedTuning::Row> SharedTuning::rows() const {

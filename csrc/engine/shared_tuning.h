@@ -2,6 +2,7 @@
 #include <array>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,8 @@ class SharedTuning {
   static const std::vector<SharedChoice>& choices();
 
   /// Which of choices() this rank proposes for a request that moves `bytes`: mostly the best one
-  /// (the first, until others are known), now and then another, to notice when that is better.
+  /// (the first, until others are known), now and then another, to notice when that is better; then
+  /// again, until it is the best one or was so by chance.
   /// `is_caller`: its caller drives it, not the engine's thread, which never looks for long.
   std::uint32_t propose(const Request& request, std::int64_t bytes, bool is_caller);
   /// What the request with this proposal took, from the agreement to the end.
@@ -46,13 +48,21 @@ class SharedTuning {
   std::vector<Row> rows() const;
 
  private:
+  /// The last samples of a choice, of which one now and then is an outlier: a core was taken away,
+  /// or pages were touched for the first time.
   struct Candidate {
-    double seconds_per_byte = 0;  ///< a running mean
-    int samples = 0;
+    static constexpr std::size_t kWindow = 5;
+    std::array<double, kWindow> seconds_per_byte{};
+    std::int64_t samples = 0;
+
+    void add(double sample);
+    double median() const;  ///< the lower one of an even number
   };
   struct Class {
     std::vector<Candidate> candidates;
     std::int64_t requests = 0;
+    std::optional<std::uint32_t>
+        again;  ///< the next one: it was quicker than the best is as a rule
   };
   static constexpr int kKinds = 4;
   static constexpr int kSizes = 5;  ///< below 2, 8, 32, 128 MiB, above

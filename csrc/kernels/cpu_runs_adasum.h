@@ -66,8 +66,6 @@ void pair_stats(const void* lower_memory, const void* upper_memory, std::int64_t
   stats[2] = upper_sq.total();
 }
 
-constexpr int kPair = 2 * kWidth;
-
 // out[i ...] = value_of(i, kWidth) for every register of elements; for the last one, of `count`
 // elements, value_of(i, count), which must not read beyond them.
 template <typename T, typename Body>

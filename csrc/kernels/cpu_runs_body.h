@@ -168,44 +168,69 @@ void reduce_run(const ReduceRun& run) {
   }
 }
 
+// What a sum is divided by.
+template <typename T>
+class Divisor {
+ public:
+  explicit Divisor(double divisor)
+      : divisor_(divisor), reciprocal_(1.0 / divisor), single_(static_cast<float>(reciprocal_)) {
+    // Products with a power of 2 round as quotients do, in floats as in doubles.
+    const auto mantissa = bits_as<std::uint64_t>(divisor) << 12;
+    is_power_ = mantissa == 0 && divisor >= 0x1p-64 && divisor <= 0x1p64;
+  }
+
+  void put_quotient(F64 sum, double* out) const {
+    put(is_power_ ? sum * reciprocal_ : sum / divisor_, out);
+  }
+  void put_quotient(Singles sum, T* out) const {
+    if (is_power_) return put(sum * single_, out);
+    // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of
+    // a float and a small integer lies close enough to the middle between two floats.
+    const Halves halves = halves_of(sum);
+    put_both(doubles_of(halves.of[0]) * reciprocal_, doubles_of(halves.of[1]) * reciprocal_, out);
+  }
+
+ private:
+  const double divisor_, reciprocal_;
+  const float single_;
+  bool is_power_;
+};
+
 // A sum of floats, 16 lanes at a time. On the way it may add up squares: those of all inputs, and
 // of the result before it is divided and rounded.
 template <typename T, bool has_squares>
 void sum_run(const ReduceRun& run) {
   using A = Accumulators<T>;
   using Product = std::conditional_t<std::is_same_v<T, double>, double, float>;  // exact or not
-  // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of a
-  // float and a small integer lies close enough to the middle between two floats.
-  const double reciprocal = 1.0 / run.divisor;
+  constexpr int kPer = kPerAccumulator<T>, kAccumulators = kLanes / kPer;
+  const Divisor<T> divisor(run.divisor);
   Lanes of_inputs, of_result;
+  const auto add_square = [](Lanes& lanes, int element, F64 x) __attribute__((always_inline)) {
+    F64& sum = lanes.of[element / kWidth];
+    sum = add_product<Product>(sum, x, x);
+  };
   // `input_of(k)` points to kLanes elements.
   const auto reduce_lanes = [&](auto&& input_of, T* out) __attribute__((always_inline)) {
-    A sums[kRegisters] = {};
-    for (int k = 0; k < run.num_inputs; ++k) {
+    A sums[kAccumulators];
+    const auto add_input = [&](int k) __attribute__((always_inline)) {
       const T* in = input_of(k);
-      for (int r = 0; r < kRegisters; ++r) {
-        const A value = accumulators(in + r * kWidth);
-        if constexpr (has_squares) {
-          const F64 wide = doubles_of(value);
-          of_inputs.of[r] = add_product<Product>(of_inputs.of[r], wide, wide);
-        }
-        sums[r] = k == 0 ? value : sums[r] + value;
+      for (int a = 0; a < kAccumulators; ++a) {
+        const A value = accumulators(in + a * kPer);
+        if constexpr (has_squares)
+          for_each_half(in + a * kPer, value, [&](int half, F64 x) __attribute__((always_inline)) {
+            add_square(of_inputs, a * kPer + half * kWidth, x);
+          });
+        sums[a] = k == 0 ? value : sums[a] + value;
       }
-    }
-    F64 wide[kRegisters];
-    for (int r = 0; r < kRegisters; ++r) {
-      wide[r] = doubles_of(sums[r]);
+    };
+    add_input(0);
+    for (int k = 1; k < run.num_inputs; ++k) add_input(k);
+    for (int a = 0; a < kAccumulators; ++a) {
       if constexpr (has_squares)
-        of_result.of[r] = add_product<Product>(of_result.of[r], wide[r], wide[r]);
-    }
-    for (int r = 0; r < kRegisters; r += 2) {
-      T* to = out + r * kWidth;
-      if (run.divisor == 1.0)
-        put_both(sums[r], sums[r + 1], to);
-      else if constexpr (std::is_same_v<T, double>)
-        put_both(wide[r] / run.divisor, wide[r + 1] / run.divisor, to);
-      else
-        put_both(wide[r] * reciprocal, wide[r + 1] * reciprocal, to);
+        for_each_half(sums[a], [&](int half, F64 x) __attribute__((always_inline)) {
+          add_square(of_result, a * kPer + half * kWidth, x);
+        });
+      divisor.put_quotient(sums[a], out + a * kPer);
     }
   };
   T* out = static_cast<T*>(run.out) + run.begin;

@@ -127,8 +127,7 @@ const E* elements_of(const T* in, std::int64_t numel, E* room) {
     if (numel % kLanes == 0) return in;
   std::int64_t i = 0;
   const auto widen_lanes = [&](const T* from) {
-    for (int r = 0; r < kRegisters; ++r)
-      put(accumulators(from + r * kWidth), room + i + r * kWidth);
+    for (int e = 0; e < kLanes; e += kPerAccumulator<T>) put(accumulators(from + e), room + i + e);
   };
   for (; i + kLanes <= numel; i += kLanes) widen_lanes(in + i);
   if (i < numel) widen_lanes(Tail<T>(in + i, numel - i).elements);
