@@ -180,10 +180,16 @@ def test_every_half_value_survives_and_every_kind_of_rounding_is_right(
         assert reference.same_bits(result, expected), factor
 
 
+def in_rows(terms: np.ndarray) -> np.ndarray:
+    rows = -(-terms.size // reference.LANES)
+    return np.pad(terms, (0, rows * reference.LANES - terms.size)).reshape(rows, -1)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("divisor", [3.0, 4.0])
 def test_squares_are_added_before_the_result_is_rounded(
-    isa: str, dtype: str, rng: np.random.Generator
+    isa: str, dtype: str, divisor: float, rng: np.random.Generator
 ) -> None:
     # Segments in three groups, seen through a range that cuts the first and the last.
     segments, groups, bounds = [(0, 40), (48, 0), (48, 600), (656, 33)], [1, 0, 0, 2], (16, 680)
@@ -191,25 +197,47 @@ def test_squares_are_added_before_the_result_is_rounded(
     inputs = [values(rng, numel, dtype) for _ in range(3)]
     out = np.empty_like(inputs[0])
     squares = testing.reduce_squares(
-        DTYPES[dtype], inputs, 3.0, out, bounds, segments, groups, 3, isa=isa
+        DTYPES[dtype], inputs, divisor, out, bounds, segments, groups, 3, isa=isa
     )
-    elsewhere = testing.reduce_squares(
-        DTYPES[dtype], inputs, 3.0, np.empty_like(out), bounds, segments, groups, 3, isa="baseline"
-    )
-    assert reference.same_bits(np.array(squares), np.array(elsewhere))
     plain = np.empty_like(out)
-    testing.reduce(DTYPES[dtype], SUM, inputs, 3.0, plain, numel, isa=isa)
+    testing.reduce(DTYPES[dtype], SUM, inputs, divisor, plain, numel, isa=isa)
     assert reference.same_bits(out, plain)
     wide = np.float64 if dtype == "float64" else np.float32
     total = sum(doubles_of(array, dtype).astype(wide) for array in inputs).astype(np.float64)
+    expected = np.zeros(2 * 3)
     for (offset, count), group in zip(segments, groups, strict=True):
         if count == 0:
             continue
         part = slice(max(offset, bounds[0]) - bounds[0], min(offset + count, bounds[1]) - bounds[0])
-        of_inputs = sum(float(np.sum(doubles_of(a, dtype)[part] ** 2)) for a in inputs)
-        assert squares[2 * group] == pytest.approx(of_inputs, rel=1e-13)
+        # Sixteen elements of one input after those of another.
+        rows = np.stack([in_rows(doubles_of(a, dtype)[part] ** 2) for a in inputs], axis=1)
+        expected[2 * group] += reference.add_in_lanes(rows.ravel())
         # The sum in float32 is squared as it is: a rounding to the type would show in half types.
-        assert squares[2 * group + 1] == pytest.approx(float(np.sum(total[part] ** 2)), rel=1e-13)
+        expected[2 * group + 1] += reference.add_in_lanes(total[part] ** 2)
+    assert reference.same_bits(np.array(squares), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("divisor", [2.0, 3.0, 1024.0])
+def test_averages_round_once_at_the_ends_of_the_range(
+    isa: str, dtype: str, divisor: float, rng: np.random.Generator
+) -> None:
+    if dtype == "float64":
+        limits = np.finfo(np.float64)
+        tiny, huge = limits.smallest_subnormal, limits.max
+    else:
+        bits = {"float32": np.uint32}.get(dtype, np.uint16)
+        infinite = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[dtype]
+        ends = np.array([1, infinite - 1], bits).view(STORAGE[dtype])
+        tiny, huge = doubles_of(ends, dtype)
+    small = rounded(tiny * rng.integers(-5000, 5000, 100).astype(np.float64), dtype)
+    large = rounded(huge * rng.uniform(-1, 1, 100), dtype)
+    for inputs in ([small, small[::-1].copy()], [large, large[::-1].copy()]):
+        out = np.empty_like(small)
+        testing.reduce(DTYPES[dtype], SUM, inputs, divisor, out, out.size, isa=isa)
+        with np.errstate(over="ignore"):
+            assert reference.same_bits(out, summed(inputs, dtype, divisor))
 
 
 @pytest.mark.parametrize("isa", ISAS)
