@@ -455,7 +455,7 @@ def test_inf_and_nan_are_counted_in_their_tensor(dtype: str, numel: int) -> None
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_tensors_of_one_group_have_counts_of_their_own(dtype: str) -> None:
-    # Many blocks of 16 KiB, of which some have none, several in each tensor.
+    # Many blocks of 8 KiB, of which some have none, several in each tensor.
     numel = 200_000
     wrong = [list(range(7, numel, 1000)), [], [numel - 1], list(range(0, numel, 3))]
 
@@ -733,6 +733,74 @@ def test_every_choice_of_chunks_and_stores_gives_the_same_bits(
     for results in by_choice[1:]:
         for left, right in zip(results, by_choice[0], strict=True):
             assert reference.same_bits(left, right)
+
+
+# Collective, options of the call; "in place": outputs are the inputs.
+CALLS_OF_EVERY_CHOICE: dict[str, tuple[str, dict[str, Any]]] = {
+    "sum": ("allreduce", {"op": "sum"}),
+    "sum in place": ("allreduce", {"op": "sum"}),
+    "sum of scaled": ("allreduce", {"op": "sum", "prescale": 0.3}),
+    "scaled sum": ("allreduce", {"op": "sum", "postscale": 0.3}),
+    "average": ("allreduce", {"op": "average", "groups": "all"}),
+    "average in place": ("allreduce", {"op": "average", "groups": "all"}),
+    "adasum": ("allreduce", {"op": "adasum"}),
+    "adasum in place": ("allreduce", {"op": "adasum"}),
+    "scatter": ("reducescatter", {"op": "sum"}),
+    "scaled scatter": ("reducescatter", {"op": "sum", "postscale": 0.3}),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("what", CALLS_OF_EVERY_CHOICE)
+def test_every_choice_gives_the_same_results_wherever_they_go(
+    what: str, size: int, workers: int, rng: np.random.Generator
+) -> None:
+    # Around the 4,096 bytes from which parts are streamed, and not at the beginning of lines.
+    collective, given = CALLS_OF_EVERY_CHOICE[what]
+    numels = [1023, 1025, 300_001, 5, 6144, 100_003]
+    call = call_of(rng, test_adasum.similar, size, numels, "float32")
+    for rank in range(size):
+        call[rank].append(call[0][2] * np.float32((-1) ** rank))  # cancels
+        call[rank].append(call[0][2] * np.float32(1 + rank))
+    if "average" in what:
+        call[-1][2][[0, 150_000, 300_000]] = np.nan, np.inf, -np.inf
+    options = {**given, "groups": [0] * len(call[0])} if "groups" in given else given
+
+    def body(rank: ThreadRank) -> list:
+        inputs = [as_part_of_more(array) for array in call[rank.rank]]
+        if collective == "reducescatter":
+            inputs = [array[: array.size // size * size].reshape(size, -1) for array in inputs]
+            outputs = [as_part_of_more(array[0]) for array in inputs]
+        else:
+            outputs = inputs if "in place" in what else [as_part_of_more(a) for a in inputs]
+        pending = rank.submit(collective, inputs, outputs=outputs, **options)
+        pending.wait()
+        # Later calls must not find anything of this one.
+        rank.grouped_allreduce([np.ones(400_000, np.float32)])
+        return [*outputs, *(np.array(part) for part in pending.handle.statistics())]
+
+    expected, *others = [
+        run_shared(size, body, shared_choice=choice, workers=workers)
+        for choice in range(NUM_CHOICES)
+    ]
+    for by_rank in others:
+        for mine, theirs in zip(by_rank, expected, strict=True):
+            for left, right in zip(mine, theirs, strict=True):
+                assert reference.same_bits(left, right)
+    if collective == "allreduce":
+        same_on_all([[results] for results in expected])
+    if what == "sum in place":
+        total = sum(np.stack(call[rank][2]) for rank in range(size))
+        assert reference.same_bits(expected[0][2], total)
+    if "average" in what:
+        assert [results[-1].tolist() for results in expected] == [[0, 0, 3, 0, 0, 0, 0, 0]] * size
+
+
+def as_part_of_more(array: NDArray) -> NDArray:
+    room = np.full(array.size + 3, np.nan, array.dtype)
+    room[3:] = array.ravel()
+    return room[3:].reshape(array.shape)
 
 
 @pytest.mark.parametrize("op", ["sum", "adasum"])

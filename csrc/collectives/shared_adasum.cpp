@@ -78,6 +78,7 @@ Task add_level(SharedWalk& walk, const SharedChunk& chunk, std::int64_t segment,
       part.numel = std::min(most, piece.numel - begin);
       const std::uint32_t round = ++memory.level_rounds;
       walk.pack(part, memory.level_data(round, walk.rank()));
+      walk.finish_copies();
       memory.signal(SharedMemory::kLevel, round);
       co_await memory.wait(SharedMemory::kLevel, round, walk.context().looks_long);
       if (!walk.is_mine(piece)) continue;

@@ -87,6 +87,7 @@ Task shared_reduce(SharedContext context, const SharedSchedule& schedule, Shared
 
 Task shared_scatter(SharedContext context, const SharedSchedule& schedule, SharedTensors tensors,
                     Reduction reduction) {
+  tensors.only_owners_get = true;
   SharedWalk walk(context, schedule, tensors);
   for (const auto& [work, index] : schedule.steps) {
     const SharedChunk& chunk = walk.chunk(index);

@@ -109,9 +109,11 @@ std::int64_t SharedWalk::unpack_and_count(const void* from, void* to, std::int64
 
 void SharedWalk::deliver(const SharedChunk& chunk, const SharedPiece& piece) const {
   const char* const result = result_of(chunk, piece);
-  if (!is_resident() && streams_results(piece))
-    return context_.peer_kernels.copy(result, piece.numel * width_, slot(chunk, piece, rank()),
-                                      true);
+  if (!is_resident() && goes_to_output(piece)) {
+    if (!tensors_.only_owners_get)
+      context_.peer_kernels.copy(result, piece.numel * width_, slot(chunk, piece, rank()), true);
+    return;
+  }
   if (output(piece) != nullptr) unpack(piece, result);
   if (!is_resident()) return;
   for (int step = 1; step < size(); ++step) {

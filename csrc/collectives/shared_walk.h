@@ -35,6 +35,8 @@ struct SharedTensors {
   /// `nonfinite` counts what this rank reduces, not all that it gets; who adds up all ranks' has
   /// the same. For averages with squares, whose postscale is 1; the same on all ranks.
   bool owners_count = false;
+  /// Nobody but the rank that reduces a piece gets its results.
+  bool only_owners_get = false;
   /// Where all ranks' tensors can be addressed: [segment * ranks + rank], results go to all of
   /// them. `inputs` and `outputs` are then this rank's, and prescale is 1.
   void* const* resident = nullptr;
@@ -78,7 +80,9 @@ class SharedWalk {
   SharedMemory::Wait wait(SharedMemory::Signal signal, int chunk) const {
     return context_.memory.wait(signal, epoch_of(chunk), context_.looks_long);
   }
+  /// Everything that this thread has copied can be seen before it.
   void signal(SharedMemory::Signal signal, int chunk) const {
+    finish_copies();
     context_.memory.signal(signal, epoch_of(chunk));
   }
 
@@ -112,6 +116,10 @@ class SharedWalk {
   using Sources = std::array<const void*, kMaxSharedRanks>;
   Sources sources(const SharedChunk& chunk, const SharedPiece& piece) const;
 
+  /// What this thread has copied becomes visible to whoever sees what it writes from here on.
+  void finish_copies() const {
+    if (context_.streams) context_.peer_kernels.finish_streams();
+  }
   /// Copies a piece into this rank's slot, or memory laid out like it, times prescale.
   void pack(const SharedPiece& piece, void* to) const;
   /// Copies the results of a piece to the output, times postscale.
@@ -123,10 +131,10 @@ class SharedWalk {
   /// Where the results of this rank are to be written first.
   char* result_of(const SharedChunk& chunk, const SharedPiece& piece) const {
     if (is_resident()) return resident(piece, rank());
-    return streams_results(piece) ? output(piece) : slot(chunk, piece, rank());
+    return goes_to_output(piece) ? output(piece) : slot(chunk, piece, rank());
   }
-  /// They are there: they go to the output, to the others' slot and, where tensors are resident, to
-  /// those of all ranks.
+  /// They are there: they go to the output, to the slot for the others and, where tensors are
+  /// resident, to those of all ranks.
   void deliver(const SharedChunk& chunk, const SharedPiece& piece) const;
   /// Elements of a block: what is read of two ranks, and results, stay in a first-level cache.
   std::int64_t block_numel() const { return kBlockBytes / width_; }
@@ -147,11 +155,13 @@ class SharedWalk {
   void cut_pieces(const SharedChunk& chunk, std::int64_t longest, Predicate&& picks,
                   Body&& body) const;
 
-  /// Results go to the output at once, and past this core's cache to the slot.
-  bool streams_results(const SharedPiece& piece) const {
-    return context_.streams && tensors_.postscale == 1.0 &&
-           (tensors_.nonfinite == nullptr || tensors_.owners_count) &&
-           piece.numel * width_ >= kFewestStreamedBytes && output(piece) != nullptr;
+  /// Results are computed in the output: they are streamed from there to the slot, or nobody else
+  /// wants them.
+  bool goes_to_output(const SharedPiece& piece) const {
+    return (tensors_.only_owners_get ||
+            (context_.streams && piece.numel * width_ >= kFewestStreamedBytes)) &&
+           tensors_.postscale == 1.0 && (tensors_.nonfinite == nullptr || tensors_.owners_count) &&
+           output(piece) != nullptr;
   }
   std::int64_t unpack_and_count(const void* from, void* to, std::int64_t numel, double scale,
                                 bool counts) const;
@@ -200,7 +210,10 @@ void SharedWalk::for_each_part(const SharedChunk& chunk, const SharedCut& cut, P
   const auto part_at = [&](std::int64_t i) -> const SharedPiece& {
     return parts_[static_cast<std::size_t>(i)];
   };
-  context_.workers->run(count, [&](std::int64_t i) { body(part_at(i), sums_at(i)); });
+  context_.workers->run(count, [&](std::int64_t i) {
+    body(part_at(i), sums_at(i));
+    finish_copies();  // of a thread that signals nothing itself
+  });
   // In the order of the parts, whichever thread was first: the bits of one thread.
   for (std::int64_t i = 0; i < count; ++i)
     for (std::int64_t number = 0; number < cut.num_sums; ++number)

@@ -1,6 +1,8 @@
 #include "engine/shared_tuning.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <utility>
 
 #include "base/errors.h"
@@ -8,16 +10,16 @@
 namespace adareduce {
 namespace {
 
-constexpr std::int64_t kMiB = std::int64_t{1} << 20;
-constexpr std::array<std::int64_t, 4> kSizeLimits{2 * kMiB, 8 * kMiB, 32 * kMiB, 128 * kMiB};
+constexpr std::int64_t kLeastSize = 256 << 10;
 constexpr std::array<const char*, 4> kKindNames{"element by element", "Adasum", "reduce-scatter",
                                                 "moved as it is"};
-// The first candidate is what most machines like; one of so many requests tries another, more of
-// them until each has been tried so often. Both are prime, so that a trial is not always the same
-// bucket of a step.
+// The first candidate is what most machines like. One of so many requests tries another; more of
+// them until each has been tried so often, and when the best one's times have changed by so much:
+// what is true of the others may have changed, too.
 constexpr int kFirstTrials = 2;
-constexpr std::int64_t kFirstTryEvery = 5;
-constexpr std::int64_t kTryEvery = 13;
+constexpr std::int64_t kTryEvery = 23;
+constexpr std::int64_t kTrySoon = 5;
+constexpr double kChanged = 0.15;
 // Those of choices() that the engine's thread, which never looks for long, can tell apart.
 constexpr std::size_t kChoicesOfEngine = 4;
 
@@ -51,8 +53,8 @@ const std::vector<SharedChoice>& SharedTuning::choices() {
 }
 
 int SharedTuning::size_class(std::int64_t bytes) {
-  return static_cast<int>(std::upper_bound(kSizeLimits.begin(), kSizeLimits.end(), bytes) -
-                          kSizeLimits.begin());
+  const auto times_least = static_cast<std::uint64_t>(bytes / kLeastSize);
+  return std::min(static_cast<int>(std::bit_width(times_least)), kSizes - 1);
 }
 
 // The works of which a call consists differ: pack, Gram, combine, unpack.
@@ -88,19 +90,20 @@ std::uint32_t SharedTuning::best(const Class& of) {
 std::uint32_t SharedTuning::propose(const Request& request, std::int64_t bytes, bool is_caller) {
   const std::lock_guard lock(mutex_);
   Class& of = class_of(request, bytes, is_caller);
-  const std::int64_t request_number = of.requests++;
+  ++of.requests;
   if (of.again) return *std::exchange(of.again, std::nullopt);
   const auto fewest = std::min_element(
       of.candidates.begin(), of.candidates.end(),
       [](const Candidate& a, const Candidate& b) { return a.samples < b.samples; });
-  if (fewest->samples < kFirstTrials) {
-    const bool tries = request_number % kFirstTryEvery == kFirstTryEvery - 1;
-    return tries ? static_cast<std::uint32_t>(fewest - of.candidates.begin()) : best(of);
-  }
-  if (request_number % kTryEvery == 0)
-    return static_cast<std::uint32_t>(request_number / kTryEvery %
-                                      static_cast<std::int64_t>(of.candidates.size()));
-  return best(of);
+  const bool knows_all = fewest->samples >= kFirstTrials;
+  const std::uint32_t leader = best(of);
+  if (++of.since_trial < (knows_all && of.due == 0 ? kTryEvery : kTrySoon)) return leader;
+  of.since_trial = 0;
+  if (!knows_all) return static_cast<std::uint32_t>(fewest - of.candidates.begin());
+  if (of.due > 0) --of.due;
+  do of.tried = (of.tried + 1) % of.candidates.size();
+  while (of.tried == leader);
+  return static_cast<std::uint32_t>(of.tried);
 }
 
 void SharedTuning::record(const Request& request, std::int64_t bytes, bool is_caller,
@@ -109,18 +112,24 @@ void SharedTuning::record(const Request& request, std::int64_t bytes, bool is_ca
   Class& of = class_of(request, bytes, is_caller);
   if (bytes <= 0 || choice >= of.candidates.size()) return;
   const double sample = took.count() / static_cast<double>(bytes);
-  const std::uint32_t leader = best(of);
-  of.candidates[choice].add(sample);
-  if (choice != leader && of.candidates[leader].samples > 0 &&
-      sample < of.candidates[leader].median())
-    of.again = choice;
+  const Candidate& leader = of.candidates[best(of)];
+  const bool is_better = leader.samples > 0 && sample < leader.median();
+  Candidate& candidate = of.candidates[choice];
+  candidate.add(sample);
+  if (&candidate != &leader) {
+    if (is_better) of.again = choice;
+  } else if (std::abs(leader.median() - of.settled) > kChanged * of.settled) {
+    of.settled = leader.median();
+    of.due = of.candidates.size() - 1;
+  }
 }
 
 std::vector<SharedTuning::Row> SharedTuning::rows() const {
   const std::lock_guard lock(mutex_);
   std::vector<Row> rows;
   const auto limit = [](int index) {
-    return concat(kSizeLimits[static_cast<std::size_t>(index)] / kMiB, " MiB");
+    const std::int64_t kibs = (kLeastSize >> 10) << index;
+    return kibs < 1024 ? concat(kibs, " KiB") : concat(kibs >> 10, " MiB");
   };
   for (const Classes& classes : classes_)
     for (int kind = 0; kind < kKinds; ++kind)

@@ -31,8 +31,8 @@ class SharedTuning {
   static const std::vector<SharedChoice>& choices();
 
   /// Which of choices() this rank proposes for a request that moves `bytes`: mostly the best one
-  /// (the first, until others are known), now and then another, to notice when that is better; then
-  /// again, until it is the best one or was so by chance.
+  /// (the first, until others are known), now and then another, to notice when that is better. Once
+  /// more after a time that was better than the best one's are, so that its own become known.
   /// `is_caller`: its caller drives it, not the engine's thread, which never looks for long.
   std::uint32_t propose(const Request& request, std::int64_t bytes, bool is_caller);
   /// What the request with this proposal took, from the agreement to the end.
@@ -61,11 +61,14 @@ class SharedTuning {
   struct Class {
     std::vector<Candidate> candidates;
     std::int64_t requests = 0;
-    std::optional<std::uint32_t>
-        again;  ///< the next one: it was quicker than the best is as a rule
+    std::int64_t since_trial = 0;  ///< requests
+    std::size_t tried = 0;         ///< the last candidate
+    std::size_t due = 0;           ///< trials that do not wait long
+    double settled = 0;            ///< the best one's median when others were compared with it
+    std::optional<std::uint32_t> again;
   };
   static constexpr int kKinds = 4;
-  static constexpr int kSizes = 5;  ///< below 2, 8, 32, 128 MiB, above
+  static constexpr int kSizes = 12;  ///< powers of 2 from 256 KiB on
 
   static int kind_of(const Request& request);
   static int size_class(std::int64_t bytes);

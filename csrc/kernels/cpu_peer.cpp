@@ -47,15 +47,16 @@ void node_stats(const NodeStatsArgs& args) {
 
 template <const cpu::Runs& runs>
 void copy(const void* from, std::int64_t bytes, void* to, bool streams) {
-  if (!streams) return cpu::copy(from, bytes, to, {});
-  runs.stream(from, bytes, to);
-  cpu::finish_streams();
+  if (streams)
+    runs.stream(from, bytes, to);
+  else
+    cpu::copy(from, bytes, to, {});
 }
 
 template <const cpu::Runs& runs>
 struct PeerKernels {
   static constexpr PeerKernelTable kTable{gram<runs>, weighted_sum<runs>, node_stats<runs>,
-                                          copy<runs>};
+                                          copy<runs>, cpu::finish_streams};
 };
 
 }  // namespace

@@ -4,7 +4,8 @@
 // i mod 16, and lanes are added pairwise, (0,8) (1,9) ... then (0,4) ...: every vector width gives
 // these bits. Multiplication and addition round separately (-ffp-contract=off), except where the
 // product is exact in double (float32 and shorter), where a fused operation has the same bits.
-// Results are computed in double and rounded to the type; for half types through float32. Sums run
+// Results are computed in double and rounded to the type; for half types through float32; where a
+// float gives the same bits, in float. Sums run
 // in the order of the inputs, in the element's type, in float32 for half types, modulo 2^bits for
 // integers. The error of a sum of n squares is about n/16 * 2^-53 of it.
 #include <limits>
@@ -172,11 +173,12 @@ void reduce_run(const ReduceRun& run) {
 template <typename T>
 class Divisor {
  public:
-  explicit Divisor(double divisor)
-      : divisor_(divisor), reciprocal_(1.0 / divisor), single_(static_cast<float>(reciprocal_)) {
-    // Products with a power of 2 round as quotients do, in floats as in doubles.
+  explicit Divisor(double divisor) : divisor_(divisor), reciprocal_(1.0 / divisor) {
+    // Products with a power of 2 round as quotients do, in floats as in doubles. Its limits keep
+    // the reciprocal a normal float.
     const auto mantissa = bits_as<std::uint64_t>(divisor) << 12;
     is_power_ = mantissa == 0 && divisor >= 0x1p-64 && divisor <= 0x1p64;
+    if (is_power_) single_ = static_cast<float>(reciprocal_);
   }
 
   void put_quotient(F64 sum, double* out) const {
@@ -192,7 +194,7 @@ class Divisor {
 
  private:
   const double divisor_, reciprocal_;
-  const float single_;
+  float single_ = 1.0f;
   bool is_power_;
 };
 
@@ -211,8 +213,8 @@ void sum_run(const ReduceRun& run) {
   };
   // `input_of(k)` points to kLanes elements.
   const auto reduce_lanes = [&](auto&& input_of, T* out) __attribute__((always_inline)) {
-    A sums[kAccumulators];
-    const auto add_input = [&](int k) __attribute__((always_inline)) {
+    A sums[kAccumulators] = {};
+    for (int k = 0; k < run.num_inputs; ++k) {
       const T* in = input_of(k);
       for (int a = 0; a < kAccumulators; ++a) {
         const A value = accumulators(in + a * kPer);
@@ -222,9 +224,7 @@ void sum_run(const ReduceRun& run) {
           });
         sums[a] = k == 0 ? value : sums[a] + value;
       }
-    };
-    add_input(0);
-    for (int k = 1; k < run.num_inputs; ++k) add_input(k);
+    }
     for (int a = 0; a < kAccumulators; ++a) {
       if constexpr (has_squares)
         for_each_half(sums[a], [&](int half, F64 x) __attribute__((always_inline)) {

@@ -34,9 +34,25 @@ constexpr int kPair = 2 * kWidth;
 
 typedef double F64 __attribute__((vector_size(kWidth * 8)));
 typedef float F32 __attribute__((vector_size(kWidth * 4)));
-typedef float Singles __attribute__((vector_size(kPair * 4)));
 typedef std::uint32_t U32 __attribute__((vector_size(kWidth * 4)));
 typedef std::uint16_t U16 __attribute__((vector_size(kWidth * 2)));
+
+struct Halves {
+  F32 of[2];
+};
+// kPair floats.
+#if defined(__AVX2__)
+typedef float Singles __attribute__((vector_size(kPair * 4)));
+#else
+// GCC 12 keeps vectors that are wider than registers in memory.
+using Singles = Halves;
+__attribute__((always_inline)) inline Singles operator+(Singles a, Singles b) {
+  return {{a.of[0] + b.of[0], a.of[1] + b.of[1]}};
+}
+__attribute__((always_inline)) inline Singles operator*(Singles a, float b) {
+  return {{a.of[0] * b, a.of[1] * b}};
+}
+#endif
 
 // ---- one element
 // ----------------------------------------------------------------------------------------------
@@ -162,9 +178,6 @@ void put(F64 value, double* out) { __builtin_memcpy(out, &value, sizeof value); 
 // ---- kPair elements: a register of floats
 // ---------------------------------------------------------------------------------------------------
 
-struct Halves {
-  F32 of[2];
-};
 #if defined(__AVX512F__)
 Halves halves_of(Singles value) {
   const auto all = bits_as<__m512>(value);
@@ -183,15 +196,17 @@ Singles joined(F32 first, F32 second) {
   return bits_as<Singles>(_mm256_set_m128(bits_as<__m128>(second), bits_as<__m128>(first)));
 }
 #else
-Halves halves_of(Singles value) { return bits_as<Halves>(value); }
-Singles joined(F32 first, F32 second) { return bits_as<Singles>(Halves{{first, second}}); }
+Halves halves_of(Singles value) { return value; }
+Singles joined(F32 first, F32 second) { return {{first, second}}; }
 #endif
 
 template <typename T>
 Singles pair_of_singles(const T* in) {
   return joined(singles(in), singles(in + kWidth));
 }
+#if defined(__AVX2__)
 Singles pair_of_singles(const float* in) { return load_bits<Singles>(in); }
+#endif
 
 template <typename T>
 void put(Singles value, T* out) {
@@ -199,7 +214,9 @@ void put(Singles value, T* out) {
   put(halves.of[0], out);
   put(halves.of[1], out + kWidth);
 }
+#if defined(__AVX2__)
 void put(Singles value, float* out) { __builtin_memcpy(out, &value, sizeof value); }
+#endif
 
 // As those of a half register, twice as many at once.
 #if defined(__AVX512F__)

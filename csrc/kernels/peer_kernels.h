@@ -41,8 +41,9 @@ struct PeerKernelTable {
   void (*weighted_sum)(const WeightedSumArgs&);
   void (*node_stats)(const NodeStatsArgs&);
   /// memcpy; `streams`: by stores that leave no copy in this core's cache, where the CPU has them.
-  /// Afterwards a release store makes it visible to other cores, as with ordinary stores.
+  /// A release store makes them visible to other cores after finish_streams() on this thread.
   void (*copy)(const void* from, std::int64_t bytes, void* to, bool streams);
+  void (*finish_streams)();
 };
 
 /// For the best instruction set that this CPU has, as cpu_kernels().
