@@ -63,7 +63,7 @@ def test_who_waits_for_a_late_rank_looks_for_long_and_soon_sleeps(workers: int) 
         assert float(used) < MOST_LATE_CPU_SECONDS, f"{used} s of CPU in {LATE_CALLS} calls"
         # Once in each call as a rule: a call that finds the barrier's request not yet taken down
         # is left to the engine's thread, which never looks for long.
-        assert int(looked) >= LATE_CALLS // 2 if has_cores else int(looked) == 0
+        assert int(looked) > 0 if has_cores else int(looked) == 0
 
 
 @needs_mpi

@@ -746,7 +746,8 @@ CALLS_OF_EVERY_CHOICE: dict[str, tuple[str, dict[str, Any]]] = {
     "adasum": ("allreduce", {"op": "adasum"}),
     "adasum in place": ("allreduce", {"op": "adasum"}),
     "scatter": ("reducescatter", {"op": "sum"}),
-    "scaled scatter": ("reducescatter", {"op": "sum", "postscale": 0.3}),
+    "scatter of scaled": ("reducescatter", {"op": "sum", "prescale": 0.5}),
+    "scaled scatter": ("reducescatter", {"op": "sum", "postscale": 0.5}),
 }
 
 
@@ -771,7 +772,7 @@ def test_every_choice_gives_the_same_results_wherever_they_go(
         inputs = [as_part_of_more(array) for array in call[rank.rank]]
         if collective == "reducescatter":
             inputs = [array[: array.size // size * size].reshape(size, -1) for array in inputs]
-            outputs = [as_part_of_more(array[0]) for array in inputs]
+            outputs = [as_part_of_more(np.full_like(array[0], np.nan)) for array in inputs]
         else:
             outputs = inputs if "in place" in what else [as_part_of_more(a) for a in inputs]
         pending = rank.submit(collective, inputs, outputs=outputs, **options)
@@ -790,9 +791,15 @@ def test_every_choice_gives_the_same_results_wherever_they_go(
                 assert reference.same_bits(left, right)
     if collective == "allreduce":
         same_on_all([[results] for results in expected])
-    if what == "sum in place":
-        total = sum(np.stack(call[rank][2]) for rank in range(size))
+    if what in ("sum", "sum in place"):
+        total = sum(call[rank][2] for rank in range(size))
         assert reference.same_bits(expected[0][2], total)
+    if collective == "reducescatter":
+        total = sum(call[rank][2] for rank in range(size))
+        total = total[: total.size // size * size].reshape(size, -1)
+        total *= np.float32(1.0 if what == "scatter" else 0.5)
+        for rank, results in enumerate(expected):
+            assert reference.same_bits(results[2], total[rank : rank + 1].ravel())
     if "average" in what:
         assert [results[-1].tolist() for results in expected] == [[0, 0, 3, 0, 0, 0, 0, 0]] * size
 

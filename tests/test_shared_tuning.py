@@ -147,6 +147,46 @@ def test_the_first_sample_may_be_slow() -> None:
     assert counts[2] >= 0.9 * LONG
 
 
+def test_calls_of_one_class_that_differ_do_not_keep_it_from_the_best() -> None:
+    # Two buckets of a step, a byte of one of which takes longer.
+    tuning = testing.SharedTuning()
+    dice = random.Random(3)
+    proposed = []
+    for number in range(LONG):
+        scale = (1.3 if number % 2 else 1.0) * (1 + 0.03 * dice.gauss(0, 1))
+        proposed += run(tuning, 1, [scale * s for s in times(1, 1.5)])
+    assert Counter(proposed)[1] >= 0.9 * LONG
+
+
+def test_times_that_scatter_do_not_cost_trials() -> None:
+    tuning = testing.SharedTuning()
+    dice = random.Random(4)
+    proposed = []
+    for _ in range(LONG):
+        scale = 1 + 0.15 * dice.gauss(0, 1)
+        proposed += run(tuning, 1, [scale * s for s in times(1, 2.0)])
+    assert Counter(proposed)[1] >= 0.9 * LONG
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "label"),
+    [
+        ((256 << 10) - 1, "below 256 KiB"),
+        (256 << 10, "256 KiB to 512 KiB"),
+        (MIB - 1, "512 KiB to 1 MiB"),
+        (MIB, "1 MiB to 2 MiB"),
+        (256 * MIB - 1, "128 MiB to 256 MiB"),
+        (256 * MIB, "from 256 MiB"),
+        (1 << 40, "from 256 MiB"),
+    ],
+)
+def test_sizes_have_names(nbytes: int, label: str) -> None:
+    tuning = testing.SharedTuning()
+    run(tuning, 1, times(0), nbytes)
+    ((what, _, _),) = tuning.rows()
+    assert what == f"element by element, {label}"
+
+
 def test_kinds_and_sizes_are_learnt_apart() -> None:
     tuning = testing.SharedTuning()
     sizes = [MIB, 4 * MIB, 20 * MIB, 100 * MIB, 300 * MIB]

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <utility>
 
 #include "base/errors.h"
@@ -14,14 +13,15 @@ constexpr std::int64_t kLeastSize = 256 << 10;
 constexpr std::array<const char*, 4> kKindNames{"element by element", "Adasum", "reduce-scatter",
                                                 "moved as it is"};
 // The first candidate is what most machines like. One of so many requests tries another; more of
-// them until each has been tried so often, and when the best one's times have changed by so much:
-// what is true of the others may have changed, too.
+// them until each has been tried so often, then for a round, and for a round when all of the best
+// one's last times have changed by so much: what is true of the others may have changed, too.
 constexpr int kFirstTrials = 2;
 constexpr std::int64_t kTryEvery = 23;
 constexpr std::int64_t kTrySoon = 5;
 constexpr double kChanged = 0.15;
 // Those of choices() that the engine's thread, which never looks for long, can tell apart.
 constexpr std::size_t kChoicesOfEngine = 4;
+static_assert(kChoicesOfEngine > 1);  // there is another one to try
 
 }  // namespace
 
@@ -35,6 +35,13 @@ double SharedTuning::Candidate::median() const {
   const auto middle = sorted.begin() + (known - 1) / 2;
   std::nth_element(sorted.begin(), middle, sorted.begin() + known);
   return *middle;
+}
+
+bool SharedTuning::Candidate::has_moved(double before, double share) const {
+  const auto known = std::min<std::int64_t>(samples, kWindow);
+  const auto [least, most] =
+      std::minmax_element(seconds_per_byte.begin(), seconds_per_byte.begin() + known);
+  return *least > before * (1 + share) || *most < before / (1 + share);
 }
 
 std::string SharedChoice::text() const {
@@ -118,7 +125,7 @@ void SharedTuning::record(const Request& request, std::int64_t bytes, bool is_ca
   candidate.add(sample);
   if (&candidate != &leader) {
     if (is_better) of.again = choice;
-  } else if (std::abs(leader.median() - of.settled) > kChanged * of.settled) {
+  } else if (leader.has_moved(of.settled, kChanged)) {
     of.settled = leader.median();
     of.due = of.candidates.size() - 1;
   }

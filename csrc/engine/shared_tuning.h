@@ -41,7 +41,7 @@ class SharedTuning {
 
   /// What is proposed at present.
   struct Row {
-    std::string what;  ///< "element by element, 8 MiB to 32 MiB, in the background"
+    std::string what;  ///< "element by element, 16 MiB to 32 MiB, in the background"
     std::string choice;
     std::int64_t requests = 0;
   };
@@ -57,6 +57,8 @@ class SharedTuning {
 
     void add(double sample);
     double median() const;  ///< the lower one of an even number
+    /// Every one of the last samples is more than `share` above `before`, or below it.
+    bool has_moved(double before, double share) const;
   };
   struct Class {
     std::vector<Candidate> candidates;

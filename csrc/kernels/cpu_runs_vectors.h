@@ -175,7 +175,7 @@ void put(F64 value, T* out) {
 }
 void put(F64 value, double* out) { __builtin_memcpy(out, &value, sizeof value); }
 
-// ---- kPair elements: a register of floats
+// ---- kPair elements as floats
 // ---------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
