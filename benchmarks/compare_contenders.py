@@ -93,6 +93,7 @@ class Library(abc.ABC):
 
     name: str
     version: str | None = None  # of one that bench.machine.versions() does not know
+    warmups: int = 3  # calls before any is measured
 
     @abc.abstractmethod
     def makers(self, buffers: Buffers) -> dict[str, Callable[[], Contender]]:
@@ -110,9 +111,14 @@ class Library(abc.ABC):
 
 
 class Ours(Library):
-    """This library, as users call it."""
+    """This library, as users call it.
+
+    It learns from its first calls of a size how to go through shared memory: what is measured are
+    the calls after a program's first ones.
+    """
 
     name = "ours"
+    warmups = 30
 
     def makers(self, buffers: Buffers) -> dict[str, Callable[[], Contender]]:
         """Sum and Adasum of ordinary and of shared tensors; averages with statistics."""

@@ -30,7 +30,6 @@ from adareduce.bench import machine
 from adareduce.bench.ranks import Ranks
 from adareduce.bench.verification import count_wrong
 
-_WARMUPS = 3
 _MOST_WARMUP_SECONDS = 2.0
 # A sample of a small case is several calls in a row. Ranks that share a core come to the start line
 # some 50 us apart, which a longer sample hides.
@@ -126,7 +125,7 @@ class CaseRun:
     def _warmed_up(self, contender: Contender, library: Library) -> Turn:
         turn = Turn(contender, library)
         seconds: list[float] = []  # of the slowest rank, so that all ranks stop at the same time
-        while len(seconds) < _WARMUPS and sum(seconds) < _MOST_WARMUP_SECONDS:
+        while len(seconds) < library.warmups and sum(seconds) < _MOST_WARMUP_SECONDS:
             self._contents.fill(contender.tensors)
             seconds.append(max(self._ranks.gather(self._line.seconds(contender.run, 1))))
         turn.wrong += self._contents.count_wrong(contender.op, 1, contender.tensors)
@@ -156,7 +155,7 @@ class CaseRun:
         for position in range(len(turns)):
             turn = turns[(position + repeat) % len(turns)]
             contender = turn.contender
-            for _ in range(_WARMUPS if is_cold else 0):
+            for _ in range(library.warmups if is_cold else 0):
                 self._contents.fill(contender.tensors)
                 contender.run()
             self._contents.fill(contender.tensors)
