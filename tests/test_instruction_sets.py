@@ -202,8 +202,7 @@ def test_squares_are_added_before_the_result_is_rounded(
     plain = np.empty_like(out)
     testing.reduce(DTYPES[dtype], SUM, inputs, divisor, plain, numel, isa=isa)
     assert reference.same_bits(out, plain)
-    wide = np.float64 if dtype == "float64" else np.float32
-    total = sum(doubles_of(array, dtype).astype(wide) for array in inputs).astype(np.float64)
+    total = sum(doubles_of(array, dtype) for array in inputs)
     expected = np.zeros(2 * 3)
     for (offset, count), group in zip(segments, groups, strict=True):
         if count == 0:
@@ -212,7 +211,7 @@ def test_squares_are_added_before_the_result_is_rounded(
         # Sixteen elements of one input after those of another.
         rows = np.stack([in_rows(doubles_of(a, dtype)[part] ** 2) for a in inputs], axis=1)
         expected[2 * group] += reference.add_in_lanes(rows.ravel())
-        # The sum in float32 is squared as it is: a rounding to the type would show in half types.
+        # The sum in double is squared as it is: a rounding to float32 or to the type would show.
         expected[2 * group + 1] += reference.add_in_lanes(total[part] ** 2)
     assert reference.same_bits(np.array(squares), expected)
 

@@ -484,6 +484,26 @@ def test_finite_results_whose_squares_are_not_are_not_counted() -> None:
     assert run_shared(3, body) == [[1, 0]] * 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_averages_whose_sums_overflow_are_counted_though_their_squares_do_not(dtype: str) -> None:
+    numel = 50_000
+
+    def body(rank: ThreadRank) -> list:
+        # On the way to a sum of 0 in the first tensor, at its end in the second.
+        sign = -1.0 if rank.rank == 2 else 1.0
+        huge = [np.ones(numel), np.ones(numel), np.ones(numel)]
+        huge[0][[7, numel - 1]] = 3e38 * np.array([1.0, sign])
+        huge[1][::1000] = 2e38
+        arrays = [to_storage(tensor, dtype) for tensor in huge]
+        pending = rank.submit("allreduce", arrays, op="average", dtype=dtype, groups=[0, 1, 2])
+        pending.wait()
+        rows, _, counts = pending.handle.statistics()
+        assert np.isfinite(rows).all()
+        return counts
+
+    assert run_shared(3, body) == [[2, numel // 1000, 0]] * 3
+
+
 def test_what_overflows_when_an_average_is_scaled_is_counted() -> None:
     def body(rank: ThreadRank) -> list:
         # Neither the sum of two nor their average overflows.

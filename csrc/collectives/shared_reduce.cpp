@@ -1,14 +1,16 @@
 #include "collectives/shared_reduce.h"
 
 #include <array>
-#include <cmath>
 
 namespace adareduce {
 namespace {
 
-// reduce() of a block of one segment that also adds up squares; `sums` are no other thread's. Where
-// the block's own are finite, an average has no element that is not: it need not be looked at
-// again.
+// Where the squares of a block's inputs add up to less, no input exceeds 2^100 and no sum of them
+// is infinite.
+constexpr double kSquaresOfFinite = 0x1p200;
+
+// reduce() of a block of one segment that also adds up squares, which tell most of the time that an
+// average need not be looked at again. `sums` are no other thread's.
 void reduce_and_square(const SharedWalk& walk, const ReduceArgs& args, std::int64_t segment,
                        double* sums) {
   constexpr std::int32_t kOnlyGroup = 0;
@@ -22,7 +24,7 @@ void reduce_and_square(const SharedWalk& walk, const ReduceArgs& args, std::int6
                                          .squares = squares.data()},
                                         {});
   for (std::size_t i = 0; i < squares.size(); ++i) sums[i] += squares[i];
-  if (walk.tensors().owners_count && !std::isfinite(squares[1]))
+  if (walk.tensors().owners_count && !(squares[0] < kSquaresOfFinite))
     walk.add_nonfinite(segment, walk.count_nonfinite(args.out, args.numel));
 }
 

@@ -12,19 +12,29 @@ namespace {
 // ---- sums in 16 lanes
 // ------------------------------------------------------------------------------------------------
 
-double total_of(double (&lanes)[kLanes]) {
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
-}
-
+// Each half is added to the one before it, until one lane is left.
 struct Lanes {
-  F64 of[kRegisters] = {};
+  F64 of[kRegisters];
+
+  // GCC 12 would fill an array of registers by an instruction that takes as long as 100 elements.
+  __attribute__((always_inline)) Lanes() {
+#pragma GCC unroll 8
+    for (F64& some : of) some = F64{};
+  }
+  explicit Lanes(const double (&lanes)[kLanes]) { __builtin_memcpy(of, lanes, sizeof of); }
 
   double total() const {
-    double lanes[kLanes];
-    __builtin_memcpy(lanes, of, sizeof lanes);
-    return total_of(lanes);
+    F64 sums[kRegisters];
+    for (int r = 0; r < kRegisters; ++r) sums[r] = of[r];
+#pragma GCC unroll 8
+    for (int registers = kRegisters / 2; registers > 0; registers /= 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < registers; ++r) sums[r] = sums[r] + sums[r + registers];
+    double lanes[kWidth];
+    __builtin_memcpy(lanes, sums, sizeof lanes);
+    for (int width = kWidth / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return lanes[0];
   }
 };
 

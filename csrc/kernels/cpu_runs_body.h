@@ -5,9 +5,9 @@
 // these bits. Multiplication and addition round separately (-ffp-contract=off), except where the
 // product is exact in double (float32 and shorter), where a fused operation has the same bits.
 // Results are computed in double and rounded to the type; for half types through float32; where a
-// float gives the same bits, in float. Sums run
-// in the order of the inputs, in the element's type, in float32 for half types, modulo 2^bits for
-// integers. The error of a sum of n squares is about n/16 * 2^-53 of it.
+// float gives the same bits, in float. Sums run in the order of the inputs, in the element's type,
+// in float32 for half types, modulo 2^bits for integers; sums that are only squared, in double. The
+// error of a sum of n squares is about n/16 * 2^-53 of it.
 #include <limits>
 #include <type_traits>
 
@@ -169,90 +169,111 @@ void reduce_run(const ReduceRun& run) {
   }
 }
 
-// What a sum is divided by.
-template <typename T>
-class Divisor {
+// What a sum is divided by. Products with the reciprocal of a power of 2 round as quotients do, in
+// floats as in doubles. Its limits keep the reciprocal a normal float.
+bool is_power_of_two(double divisor) {
+  const auto mantissa = bits_as<std::uint64_t>(divisor) << 12;
+  return mantissa == 0 && divisor >= 0x1p-64 && divisor <= 0x1p64;
+}
+
+class PowerOfTwo {
  public:
-  explicit Divisor(double divisor) : divisor_(divisor), reciprocal_(1.0 / divisor) {
-    // Products with a power of 2 round as quotients do, in floats as in doubles. Its limits keep
-    // the reciprocal a normal float.
-    const auto mantissa = bits_as<std::uint64_t>(divisor) << 12;
-    is_power_ = mantissa == 0 && divisor >= 0x1p-64 && divisor <= 0x1p64;
-    if (is_power_) single_ = static_cast<float>(reciprocal_);
+  explicit PowerOfTwo(double power)
+      : reciprocal_(1.0 / power), single_(static_cast<float>(reciprocal_)) {}
+  template <typename T>
+  void put_quotient(F64 sum, T* out) const {
+    put(sum * reciprocal_, out);
+  }
+  template <typename T>
+  void put_quotient(Singles sum, T* out) const {
+    put(sum * single_, out);
   }
 
-  void put_quotient(F64 sum, double* out) const {
-    put(is_power_ ? sum * reciprocal_ : sum / divisor_, out);
+ private:
+  const double reciprocal_;
+  const float single_;
+};
+
+class AnyDivisor {
+ public:
+  explicit AnyDivisor(double divisor) : divisor_(divisor), reciprocal_(1.0 / divisor) {}
+  template <typename T>
+  void put_quotient(F64 sum, T* out) const {
+    put(sum / divisor_, out);
   }
+  // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of
+  // a float and a small integer lies close enough to the middle between two floats.
+  template <typename T>
   void put_quotient(Singles sum, T* out) const {
-    if (is_power_) return put(sum * single_, out);
-    // A product with the reciprocal rounds to the float that the quotient rounds to: no quotient of
-    // a float and a small integer lies close enough to the middle between two floats.
     const Halves halves = halves_of(sum);
     put_both(doubles_of(halves.of[0]) * reciprocal_, doubles_of(halves.of[1]) * reciprocal_, out);
   }
 
  private:
   const double divisor_, reciprocal_;
-  float single_ = 1.0f;
-  bool is_power_;
 };
 
 // A sum of floats, 16 lanes at a time. On the way it may add up squares: those of all inputs, and
-// of the result before it is divided and rounded.
-template <typename T, bool has_squares>
+// of their sum in doubles, before it is divided and rounded. kInputs is run.num_inputs, or 0: any.
+// What is known here keeps all lanes in registers.
+template <typename T, bool has_squares, int kInputs, typename Divisor>
 void sum_run(const ReduceRun& run) {
   using A = Accumulators<T>;
   using Product = std::conditional_t<std::is_same_v<T, double>, double, float>;  // exact or not
   constexpr int kPer = kPerAccumulator<T>, kAccumulators = kLanes / kPer;
-  const Divisor<T> divisor(run.divisor);
+  const int num_inputs = kInputs > 0 ? kInputs : run.num_inputs;
+  const Divisor divisor(run.divisor);
   Lanes of_inputs, of_result;
-  const auto add_square = [](Lanes& lanes, int element, F64 x) __attribute__((always_inline)) {
-    F64& sum = lanes.of[element / kWidth];
-    sum = add_product<Product>(sum, x, x);
+  const auto add_square = [](Lanes& lanes, int r, F64 x) __attribute__((always_inline)) {
+    lanes.of[r] = add_product<Product>(lanes.of[r], x, x);
   };
   // `input_of(k)` points to kLanes elements.
   const auto reduce_lanes = [&](auto&& input_of, T* out) __attribute__((always_inline)) {
     A sums[kAccumulators] = {};
-    for (int k = 0; k < run.num_inputs; ++k) {
+    F64 wide_sums[kRegisters] = {};
+    for (int k = 0; k < num_inputs; ++k) {
       const T* in = input_of(k);
       for (int a = 0; a < kAccumulators; ++a) {
         const A value = accumulators(in + a * kPer);
+        sums[a] = k == 0 ? value : sums[a] + value;
         if constexpr (has_squares)
           for_each_half(in + a * kPer, value, [&](int half, F64 x) __attribute__((always_inline)) {
-            add_square(of_inputs, a * kPer + half * kWidth, x);
+            const int r = a * kPer / kWidth + half;
+            add_square(of_inputs, r, x);
+            wide_sums[r] = k == 0 ? x : wide_sums[r] + x;
           });
-        sums[a] = k == 0 ? value : sums[a] + value;
       }
     }
-    for (int a = 0; a < kAccumulators; ++a) {
-      if constexpr (has_squares)
-        for_each_half(sums[a], [&](int half, F64 x) __attribute__((always_inline)) {
-          add_square(of_result, a * kPer + half * kWidth, x);
-        });
-      divisor.put_quotient(sums[a], out + a * kPer);
-    }
+    if constexpr (has_squares)
+      for (int r = 0; r < kRegisters; ++r) add_square(of_result, r, wide_sums[r]);
+    for (int a = 0; a < kAccumulators; ++a) divisor.put_quotient(sums[a], out + a * kPer);
   };
   T* out = static_cast<T*>(run.out) + run.begin;
+  // The compiler must think that stores to `out` change run.inputs, but not these.
+  const T* few[kInputs > 0 ? kInputs : 1];
+  for (int k = 0; k < kInputs; ++k) few[k] = static_cast<const T*>(run.inputs[k]) + run.begin;
+  const auto input = [&](int k) {
+    return kInputs > 0 ? few[k] : static_cast<const T*>(run.inputs[k]) + run.begin;
+  };
+  const std::int64_t numel = run.numel;
   std::int64_t i = 0;
-  for (; i + kLanes <= run.numel; i += kLanes)
+  for (; i + kLanes <= numel; i += kLanes)
     reduce_lanes(
         [&](int k) {
-          const T* in = static_cast<const T*>(run.inputs[k]) + run.begin + i;
-          prefetch(in);
-          return in;
+          prefetch(input(k) + i);
+          return input(k) + i;
         },
         out + i);
-  if (i < run.numel) {
+  if (i < numel) {
     T padded[kLanes], last[kLanes];
     reduce_lanes(
         [&](int k) {
-          const Tail<T> tail(static_cast<const T*>(run.inputs[k]) + run.begin + i, run.numel - i);
+          const Tail<T> tail(input(k) + i, numel - i);
           __builtin_memcpy(padded, tail.elements, sizeof padded);
           return padded;
         },
         last);
-    __builtin_memcpy(out + i, last, static_cast<std::size_t>(run.numel - i) * sizeof(T));
+    __builtin_memcpy(out + i, last, static_cast<std::size_t>(numel - i) * sizeof(T));
   }
   if constexpr (has_squares) {
     run.squares[0] += of_inputs.total();
@@ -260,12 +281,28 @@ void sum_run(const ReduceRun& run) {
   }
 }
 
+template <typename T, bool has_squares, int kInputs>
+void sum_run_of(const ReduceRun& run) {
+  if (is_power_of_two(run.divisor))
+    sum_run<T, has_squares, kInputs, PowerOfTwo>(run);
+  else
+    sum_run<T, has_squares, kInputs, AnyDivisor>(run);
+}
+
+template <typename T, bool has_squares>
+void sum_run_of(const ReduceRun& run) {
+  if (run.num_inputs == 2)
+    sum_run_of<T, has_squares, 2>(run);
+  else
+    sum_run_of<T, has_squares, 0>(run);
+}
+
 template <typename T, typename Op>
 void reduce(const ReduceRun& run) {
   if constexpr (std::is_integral_v<T>)
     if (run.divisor != 1.0) return reduce_run<T, Op, true>(run);
   if constexpr (kIsFloat<T> && std::is_same_v<Op, SumOf>)
-    return run.squares != nullptr ? sum_run<T, true>(run) : sum_run<T, false>(run);
+    return run.squares != nullptr ? sum_run_of<T, true>(run) : sum_run_of<T, false>(run);
   else
     reduce_run<T, Op, false>(run);
 }

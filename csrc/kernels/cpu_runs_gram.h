@@ -161,7 +161,7 @@ void gram_of_many(const void* const* inputs, int num_inputs, std::int64_t numel,
     }
   }
   for (int i = 0; i < num_inputs; ++i)
-    for (int j = i; j < num_inputs; ++j) *gram++ += total_of(block.sums[i][j]);
+    for (int j = i; j < num_inputs; ++j) *gram++ += Lanes(block.sums[i][j]).total();
 }
 
 template <typename T, int kVectors = kFewVectors>

@@ -68,8 +68,8 @@ struct ReduceArgs {
 /// Per group: sum over the inputs of |input|^2, and |(inputs[0] + inputs[1] + ...)|^2.
 inline constexpr int kSquaresPerGroup = 2;
 
-/// reduce() of a part of a fused buffer that also adds up squares, in the same pass. Sums of float
-/// types only.
+/// reduce() of a part of a fused buffer that also adds up squares, in the same pass: of all inputs,
+/// and of their sum before it is divided, in double. Sums of float types only.
 struct ReduceSquaresArgs {
   ReduceArgs reduce;
   std::int64_t begin = 0;  ///< where in the fused buffer the inputs start

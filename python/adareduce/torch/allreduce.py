@@ -20,6 +20,7 @@ from adareduce.torch.compression import Compression, Compressor
 from adareduce.torch.dispatch import submit_named
 from adareduce.torch.handles import Handle, hand_over, in_submission, keep_alive
 from adareduce.torch.tensors import (
+    Known,
     check_op,
     check_scales,
     check_tensors,
@@ -333,16 +334,18 @@ def start_allreduce(
     in_place: bool,
     blocking: bool = False,
     finish: Callable[[Any, list[torch.Tensor]], Any] | None = None,
+    known: Known | None = None,
     **options: Any,
 ) -> Any:
     """What all forms have in common: the handle or, where it blocks, the result.
 
-    ``finish`` makes the result of the outputs. ``options`` are further ones of ``submit_named``,
-    for statistics.
+    ``finish`` makes the result of the outputs. ``known`` is what ``check_tensors`` has said, where
+    it has been asked. ``options`` are further ones of ``submit_named``, for statistics.
     """
     try:  # rejected_on_all_ranks, which would cost a tenth of all that happens here
         chosen_op = choose_op(function, average, op)
-        known = check_tensors(function, tensors, in_place=in_place)
+        if known is None:
+            known = check_tensors(function, tensors, in_place=in_place)
         dtypes, _ = known
         check_op(function, chosen_op, dtypes)
         check_scales(function, dtypes, prescale_factor, postscale_factor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -160,8 +160,8 @@ def local_adasum(
     if not rows:
         raise ValueError("local_adasum: workers must have at least one entry, got none")
     for number, row in enumerate(rows):
-        check_tensors("local_adasum", row, in_place=False)
-        _check_floats("local_adasum", row)
+        dtypes, _ = check_tensors("local_adasum", row, in_place=False)
+        _check_floats("local_adasum", dtypes)
         if row and streams.device_of(row[0]) is not None:
             raise ValueError(f"local_adasum: tensors must be on the cpu, got {row[0].device}")
         shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in row]
@@ -202,13 +202,15 @@ def _start(
 ) -> Any:
     function = "grouped_allreduce_with_stats"
     with rejected_on_all_ranks(process_set):
-        check_tensors(function, tensors, in_place=False)
-        _check_floats(function, tensors)
-        numbers = [0] * len(tensors) if groups is None else [int(group) for group in groups]
-        if len(numbers) != len(tensors) or any(not 0 <= n < len(tensors) for n in numbers):
+        known = check_tensors(function, tensors, in_place=outputs is not None)
+        dtypes, _ = known
+        _check_floats(function, dtypes)
+        count = len(tensors)
+        numbers = [0] * count if groups is None else list(map(int, groups))
+        if len(numbers) != count or (numbers and not 0 <= min(numbers) <= max(numbers) < count):
             raise ValueError(
-                f"{function}: groups must be a number in [0, {len(tensors)}) for each of the"
-                f" {len(tensors)} tensors, got {numbers}"
+                f"{function}: groups must be a number in [0, {count}) for each of the {count}"
+                f" tensors, got {numbers}"
             )
         if op not in (None, ReduceOp.Average, ReduceOp.Sum, ReduceOp.Adasum):
             raise ValueError(f"{function}: op must be Average, Sum or Adasum, got {op!r}")
@@ -241,7 +243,7 @@ def _start(
 
     return start_allreduce(function, tensors, outputs, None, name, op, prescale_factor,
                            postscale_factor, process_set, in_place=outputs is not None,
-                           finish=finish, blocking=blocking, **options)  # fmt: skip
+                           blocking=blocking, finish=finish, known=known, **options)  # fmt: skip
 
 
 def _make_room(
@@ -261,12 +263,12 @@ def _make_room(
     )
 
 
-def _check_floats(function: str, tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.dtype not in FLOAT_DTYPES:
+def _check_floats(function: str, dtypes: Iterable[torch.dtype]) -> None:
+    for dtype in dtypes:
+        if dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"{function}: dtype must be float16, bfloat16, float32 or float64, got"
-                f" {str(tensor.dtype).removeprefix('torch.')}"
+                f" {str(dtype).removeprefix('torch.')}"
             )
 
 
