@@ -95,25 +95,42 @@ def test_only_the_mappings_stay_and_they_go_with_the_last_reference() -> None:
     assert ends == [(Counter(), 3, True)] * 3
 
 
-def pages_in_memory(member: Member) -> list[int]:
-    windows = make_windows(member, 3 * MIB)
+def mapped(member: Member, count: int, what: str) -> list[tuple[int, int]]:
+    """Of each rank's window of `count` bytes the address, and the bytes of a line of smaps."""
+    windows = make_windows(member, count)
     starts = {f"{windows.address_of(peer):x}": peer for peer in range(member.size)}
     found, peer = [0] * member.size, None
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split()[0]:
             peer = starts.get(line.split("-")[0].lstrip("0"))
-        elif line.startswith("Rss:") and peer is not None:
+        elif line.startswith(f"{what}:") and peer is not None:
             found[peer] = int(line.split()[1]) * 1024
     member.barrier()
-    return found
+    return [(windows.address_of(peer), found[peer]) for peer in range(member.size)]
+
+
+def kernel() -> tuple[int, ...]:
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    assert release is not None
+    return tuple(map(int, release.groups()))
 
 
 def test_no_page_is_left_for_the_first_touch() -> None:
-    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    assert release is not None
-    if tuple(map(int, release.groups())) < (5, 14):
+    if kernel() < (5, 14):
         pytest.skip("this kernel maps pages one by one")
-    assert results(run_ranks(pages_in_memory, [0, 1, 0])) == [[3 * MIB] * 3] * 3
+    for windows in results(run_ranks(mapped, [0, 1, 0], 3 * MIB, "Rss")):
+        assert [in_memory for _, in_memory in windows] == [3 * MIB] * 3
+
+
+def test_large_memory_is_made_of_huge_pages_in_all_processes() -> None:
+    thp = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+    if kernel() < (6, 1) or not thp.exists() or int(thp.read_text()) != 2 * MIB:
+        pytest.skip("this kernel has no huge pages of 2 MiB for who asks for them")
+    # 16 whole ones, of which some may not be had where memory is in pieces, and a remainder.
+    windows = results(run_ranks(mapped, [0, 1, 0], 33 * MIB + 4096, "ShmemPmdMapped"))
+    for of_rank in windows:
+        assert [address % (2 * MIB) for address, _ in of_rank] == [0] * 3
+        assert all(2 * MIB <= huge <= 32 * MIB for _, huge in of_rank)
 
 
 # --- processes that may not look into each other

@@ -21,6 +21,8 @@ namespace {
 
 constexpr unsigned kNoExecution = 8;  // MFD_NOEXEC_SEAL, which older headers lack
 constexpr int kPopulate = 23;         // MADV_POPULATE_WRITE, likewise
+constexpr int kCollapse = 25;         // MADV_COLLAPSE, likewise
+constexpr std::int64_t kHugePageBytes = std::int64_t{2} << 20;  // of x86, and of most others
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 // Between two looks at the room that is left: others allocate, too.
 constexpr std::int64_t kStepBytes = std::int64_t{32} << 20;
@@ -83,6 +85,34 @@ void allocate(int descriptor, std::int64_t bytes) {
   }
 }
 
+// At an address that is a multiple of a huge page, where there is room for one: the kernel maps
+// huge pages nowhere else. Null: errno says why.
+char* map(int descriptor, std::int64_t bytes) {
+  const auto length = static_cast<std::size_t>(bytes);
+  constexpr int kAccess = PROT_READ | PROT_WRITE;
+  if (bytes < kHugePageBytes) {
+    void* const data = mmap(nullptr, length, kAccess, MAP_SHARED, descriptor, 0);
+    return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
+  }
+  constexpr std::size_t kHuge = kHugePageBytes;
+  void* const range =
+      mmap(nullptr, length + kHuge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (range == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(range);
+  const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % kHuge;
+  char* const place = begin + before;
+  void* const data = mmap(place, length, kAccess, MAP_SHARED | MAP_FIXED, descriptor, 0);
+  if (data == MAP_FAILED) {
+    const int error = errno;
+    munmap(begin, length + kHuge);
+    errno = error;
+    return nullptr;
+  }
+  if (before > 0) munmap(begin, before);
+  munmap(place + length, kHuge - before);
+  return place;
+}
+
 struct stat status_of(int descriptor) {
   struct stat status{};
   if (fstat(descriptor, &status) != 0)
@@ -115,11 +145,9 @@ void throw_shared_memory_error(const std::string& what, int error) {
 
 SharedSegment::SharedSegment(Descriptor descriptor, const SegmentIdentity& identity)
     : descriptor_(std::move(descriptor)), identity_(identity) {
-  void* const data = mmap(nullptr, static_cast<std::size_t>(whole_pages(identity.bytes)),
-                          PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_.number(), 0);
-  if (data == MAP_FAILED)
+  data_ = map(descriptor_.number(), whole_pages(identity.bytes));
+  if (data_ == nullptr)
     throw_shared_memory_error(concat("mapping ", identity.bytes, " bytes"), errno);
-  data_ = static_cast<char*>(data);
 }
 
 SharedSegment::~SharedSegment() {
@@ -139,6 +167,16 @@ void SharedSegment::map_pages() {
   (void)madvise(data_, static_cast<std::size_t>(whole_pages(identity_.bytes)), kPopulate);
 }
 
+// Kernels from 6.1 do this whatever /sys/kernel/mm/transparent_hugepage says, on memory that has a
+// page of each; a page of the rest is taken later. Where they refuse, or no huge page is left,
+// there are small ones.
+void SharedSegment::take_huge_pages() {
+  const std::int64_t end = whole_pages(identity_.bytes) / kHugePageBytes * kHugePageBytes;
+  for (std::int64_t begin = 0; begin < end; begin += kHugePageBytes)
+    if (fallocate(descriptor_.number(), 0, begin, page_bytes()) != 0) return;
+  if (end > 0) (void)madvise(data_, static_cast<std::size_t>(end), kCollapse);
+}
+
 std::shared_ptr<SharedSegment> SharedSegment::create(std::int64_t bytes) {
   if (bytes < 1 || bytes > std::numeric_limits<std::int64_t>::max() - page_bytes())
     throw SharedMemoryError(concat("SharedSegment: bytes must be 1 or more, got ", bytes));
@@ -152,6 +190,7 @@ std::shared_ptr<SharedSegment> SharedSegment::create(std::int64_t bytes) {
   fill_with_random(identity.random);
   // Mapped first: that costs nothing where it fails.
   const std::shared_ptr<SharedSegment> segment(new SharedSegment(std::move(descriptor), identity));
+  segment->take_huge_pages();
   allocate(number, whole);
   if (fcntl(number, F_ADD_SEALS, kSeals) != 0) throw_shared_memory_error("sealing a memfd", errno);
   segment->map_pages();
