@@ -14,9 +14,10 @@ N bytes on each of P ranks, each copies N (P - 1) / P into memory that all map, 
 everybody's, writes N / P of results into its tensors and into that memory, and copies the others'
 results out of it. Every line of that memory moves from the core that wrote it to those that read
 it. Tensors in shared memory are read and written where they are. Adasum moves what a sum moves, and
-reads everything again, because its coefficients are known only when all of a tensor has been read:
-its limit is the time of our sum, or of scaling in place, and of reading again. "sum by MPI" is what
-Allreduce of mpi4py takes for as many bytes.
+reads everything again, because its coefficients are known only when all of a tensor has been read.
+So its limit is the time of scaling in place and of reading again; of ordinary tensors, of our own
+sum and of reading again. Of one tensor that no cache holds that is less than it can take. "sum by
+MPI" is what Allreduce of mpi4py takes for as many bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from adareduce.bench.ranks import Ranks
 from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
 
 _BLOCK_BYTES = 256 << 10  # of a rank's share
-_LAYER_BYTES = 4 << 20  # read again; layers that most of ResNet-50's gradients are in are as long
+_LAYER_BYTES = 4 << 20  # what is read again; most of ResNet-50's bytes are in layers of 4 to 9 MB
 _WARMUPS = 3
 _LEAST_BYTES = 128 << 10
 _MOVES = ("pack", "combine", "unpack")

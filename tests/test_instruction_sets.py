@@ -217,6 +217,25 @@ def test_squares_are_added_before_the_result_is_rounded(
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("num_inputs", [2, 3])
+def test_the_square_of_a_sum_is_rounded_before_it_is_added(
+    isa: str, dtype: str, num_inputs: int
+) -> None:
+    # One lane has 4 and then the square of 1 + 3 * 2^-27, which is not exact: a fused operation
+    # would add 2^-50 more.
+    inputs = [np.zeros(32) for _ in range(num_inputs)]
+    for array, first, second in zip(inputs, [1, 1], [1, 3 * 2.0**-27], strict=False):
+        array[[0, 16]] = first, second
+    arrays = [rounded(array, dtype) for array in inputs]
+    squares = testing.reduce_squares(
+        DTYPES[dtype], arrays, 1.0, np.empty_like(arrays[0]), (0, 32), [(0, 32)], [0], 1, isa=isa
+    )
+    assert squares[1] == 4 + (1 + 3 * 2.0**-27) ** 2
+    assert squares[1] != 5 + 3 * 2.0**-26 + 2.0**-50
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("divisor", [2.0, 3.0, 1024.0])
 def test_averages_round_once_at_the_ends_of_the_range(

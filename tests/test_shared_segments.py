@@ -126,6 +126,8 @@ def test_large_memory_is_made_of_huge_pages_in_all_processes() -> None:
     thp = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
     if kernel() < (6, 1) or not thp.exists() or int(thp.read_text()) != 2 * MIB:
         pytest.skip("this kernel has no huge pages of 2 MiB for who asks for them")
+    if "[deny]" in thp.with_name("shmem_enabled").read_text():
+        pytest.skip("this kernel is told to have no huge pages in shared memory")
     # 16 whole ones, of which some may not be had where memory is in pieces, and a remainder.
     windows = results(run_ranks(mapped, [0, 1, 0], 33 * MIB + 4096, "ShmemPmdMapped"))
     for of_rank in windows:

@@ -5,8 +5,8 @@
 namespace adareduce {
 namespace {
 
-// Where the squares of a block's inputs add up to less, no input exceeds 2^100 and no sum of them
-// is infinite.
+// Where the squares of a block's inputs add up to less, all are finite and none exceeds 2^100: no
+// sum of them overflows in float32, and their average is no larger than the largest.
 constexpr double kSquaresOfFinite = 0x1p200;
 
 // reduce() of a block of one segment that also adds up squares, which tell most of the time that an
@@ -24,7 +24,8 @@ void reduce_and_square(const SharedWalk& walk, const ReduceArgs& args, std::int6
                                          .squares = squares.data()},
                                         {});
   for (std::size_t i = 0; i < squares.size(); ++i) sums[i] += squares[i];
-  if (walk.tensors().owners_count && !(squares[0] < kSquaresOfFinite))
+  const bool are_finite = squares[0] < kSquaresOfFinite;  // false of NaN, too
+  if (walk.tensors().owners_count && !are_finite)
     walk.add_nonfinite(segment, walk.count_nonfinite(args.out, args.numel));
 }
 

@@ -24,7 +24,7 @@ struct ReduceRun {
   std::int64_t begin;
   std::int64_t numel;
   double divisor;   ///< of the result; 1 does nothing
-  double* squares;  ///< null, or 2 sums to add to: squares of all inputs, and of (result * divisor)
+  double* squares;  ///< null, or 2 to add to: squares of all inputs, and of their sum in double
 };
 
 /// Entries are indexed by DType; null where the operation has no meaning for the type.

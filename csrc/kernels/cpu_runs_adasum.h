@@ -12,17 +12,17 @@ namespace {
 // ---- sums in 16 lanes
 // ------------------------------------------------------------------------------------------------
 
-// Each half is added to the one before it, until one lane is left.
 struct Lanes {
   F64 of[kRegisters];
 
-  // GCC 12 would fill an array of registers by an instruction that takes as long as 100 elements.
+  // GCC 12 would fill an array with zeros by "rep stos", which takes as long as 100 elements.
   __attribute__((always_inline)) Lanes() {
 #pragma GCC unroll 8
     for (F64& some : of) some = F64{};
   }
   explicit Lanes(const double (&lanes)[kLanes]) { __builtin_memcpy(of, lanes, sizeof of); }
 
+  // Lanes (0,8) (1,9) ..., then (0,4) ..., (0,2) (1,3), (0,1).
   double total() const {
     F64 sums[kRegisters];
     for (int r = 0; r < kRegisters; ++r) sums[r] = of[r];

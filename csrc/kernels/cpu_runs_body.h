@@ -219,14 +219,11 @@ class AnyDivisor {
 template <typename T, bool has_squares, int kInputs, typename Divisor>
 void sum_run(const ReduceRun& run) {
   using A = Accumulators<T>;
-  using Product = std::conditional_t<std::is_same_v<T, double>, double, float>;  // exact or not
+  using Element = std::conditional_t<std::is_same_v<T, double>, double, float>;
   constexpr int kPer = kPerAccumulator<T>, kAccumulators = kLanes / kPer;
   const int num_inputs = kInputs > 0 ? kInputs : run.num_inputs;
   const Divisor divisor(run.divisor);
   Lanes of_inputs, of_result;
-  const auto add_square = [](Lanes& lanes, int r, F64 x) __attribute__((always_inline)) {
-    lanes.of[r] = add_product<Product>(lanes.of[r], x, x);
-  };
   // `input_of(k)` points to kLanes elements.
   const auto reduce_lanes = [&](auto&& input_of, T* out) __attribute__((always_inline)) {
     A sums[kAccumulators] = {};
@@ -239,13 +236,14 @@ void sum_run(const ReduceRun& run) {
         if constexpr (has_squares)
           for_each_half(in + a * kPer, value, [&](int half, F64 x) __attribute__((always_inline)) {
             const int r = a * kPer / kWidth + half;
-            add_square(of_inputs, r, x);
+            of_inputs.of[r] = add_product<Element>(of_inputs.of[r], x, x);
             wide_sums[r] = k == 0 ? x : wide_sums[r] + x;
           });
       }
     }
     if constexpr (has_squares)
-      for (int r = 0; r < kRegisters; ++r) add_square(of_result, r, wide_sums[r]);
+      for (int r = 0; r < kRegisters; ++r)
+        of_result.of[r] = add_product<double>(of_result.of[r], wide_sums[r], wide_sums[r]);
     for (int a = 0; a < kAccumulators; ++a) divisor.put_quotient(sums[a], out + a * kPer);
   };
   T* out = static_cast<T*>(run.out) + run.begin;

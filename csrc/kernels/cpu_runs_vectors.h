@@ -325,7 +325,7 @@ void put_both(F64 first, F64 second, double* out) {
   put(second, out + kWidth);
 }
 
-// sum + a * b. For T up to float32 the product is exact, and fused is the same as separate.
+// sum + a * b, of values of T. Up to float32 the product is exact: fused is the same as separate.
 template <typename T>
 F64 add_product(F64 sum, F64 a, F64 b) {
 #if defined(__AVX512F__)

@@ -186,3 +186,12 @@ def test_groups_that_do_not_fit_are_refused():
         hvd.grouped_allreduce_with_stats([torch.ones(3, dtype=torch.int64)])
     with pytest.raises(ValueError, match="op must be Average, Sum or Adasum"):
         hvd.grouped_allreduce_with_stats([torch.ones(3)], op=hvd.Max)
+
+
+def test_tensors_with_gaps_are_refused_in_place_and_copied_else(size):
+    every_other = torch.ones(6)[::2]
+    with pytest.raises(ValueError, match="must be dense"):
+        hvd.grouped_allreduce_with_stats_([torch.ones(2), every_other])
+    (_, mean), stats = hvd.grouped_allreduce_with_stats([torch.ones(2), every_other])
+    assert mean.tolist() == [1.0] * 3
+    assert stats.groups[0, :2].tolist() == [5.0 * size, 5.0]

@@ -63,13 +63,27 @@ void set_size(int descriptor, std::int64_t bytes) {
       throw_shared_memory_error(concat("making room for ", bytes, " bytes"), errno);
 }
 
-void allocate(int descriptor, std::int64_t bytes) {
+// Fills whole blocks of 2 MiB of [begin, end) of a file by huge pages, as far as the kernel has any
+// and does this (from 6.1 on). It wants one page in a block and adds the others. What is not filled
+// stays for allocate(), and so do errors.
+void allocate_huge_pages(int descriptor, char* data, std::int64_t begin, std::int64_t end) {
+  const std::int64_t last = end / kHugePageBytes * kHugePageBytes;
+  for (std::int64_t block = begin; block < last; block += kHugePageBytes)
+    while (fallocate(descriptor, 0, block, page_bytes()) != 0)
+      if (errno != EINTR) return;
+  if (begin < last) (void)madvise(data + begin, static_cast<std::size_t>(last - begin), kCollapse);
+}
+
+// All pages of a file that is mapped at `data`.
+void allocate(int descriptor, char* data, std::int64_t bytes) {
+  static_assert(kStepBytes % kHugePageBytes == 0);
   std::int64_t step = kStepBytes;
   std::int64_t checked = 0;  // room, up to here
   for (std::int64_t done = 0; done < bytes;) {
     if (done == checked) {
       check_room(bytes - done);
       checked = std::min(done + kStepBytes, bytes);
+      allocate_huge_pages(descriptor, data, done, checked);
     }
     const std::int64_t now = std::min(step, checked - done);
     if (fallocate(descriptor, 0, done, now) == 0) {
@@ -85,32 +99,22 @@ void allocate(int descriptor, std::int64_t bytes) {
   }
 }
 
-// At an address that is a multiple of a huge page, where there is room for one: the kernel maps
-// huge pages nowhere else. Null: errno says why.
-char* map(int descriptor, std::int64_t bytes) {
+// Large memory at a multiple of a huge page, since the kernel maps huge pages nowhere else, if the
+// address that was found stays free; it is no more than a wish. MAP_FAILED: errno says why.
+void* map_aligned(int descriptor, std::int64_t bytes) {
   const auto length = static_cast<std::size_t>(bytes);
-  constexpr int kAccess = PROT_READ | PROT_WRITE;
-  if (bytes < kHugePageBytes) {
-    void* const data = mmap(nullptr, length, kAccess, MAP_SHARED, descriptor, 0);
-    return data == MAP_FAILED ? nullptr : static_cast<char*>(data);
-  }
   constexpr std::size_t kHuge = kHugePageBytes;
-  void* const range =
-      mmap(nullptr, length + kHuge, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (range == MAP_FAILED) return nullptr;
-  char* const begin = static_cast<char*>(range);
-  const std::size_t before = -reinterpret_cast<std::uintptr_t>(begin) % kHuge;
-  char* const place = begin + before;
-  void* const data = mmap(place, length, kAccess, MAP_SHARED | MAP_FIXED, descriptor, 0);
-  if (data == MAP_FAILED) {
-    const int error = errno;
-    munmap(begin, length + kHuge);
-    errno = error;
-    return nullptr;
+  void* wish = nullptr;
+  if (bytes >= kHugePageBytes) {
+    constexpr int kNothing = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* const free = mmap(nullptr, length + kHuge, PROT_NONE, kNothing, -1, 0);
+    if (free != MAP_FAILED) {
+      munmap(free, length + kHuge);
+      const auto address = reinterpret_cast<std::uintptr_t>(free);
+      wish = reinterpret_cast<void*>((address + kHuge - 1) / kHuge * kHuge);
+    }
   }
-  if (before > 0) munmap(begin, before);
-  munmap(place + length, kHuge - before);
-  return place;
+  return mmap(wish, length, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0);
 }
 
 struct stat status_of(int descriptor) {
@@ -145,9 +149,10 @@ void throw_shared_memory_error(const std::string& what, int error) {
 
 SharedSegment::SharedSegment(Descriptor descriptor, const SegmentIdentity& identity)
     : descriptor_(std::move(descriptor)), identity_(identity) {
-  data_ = map(descriptor_.number(), whole_pages(identity.bytes));
-  if (data_ == nullptr)
+  void* const data = map_aligned(descriptor_.number(), whole_pages(identity.bytes));
+  if (data == MAP_FAILED)
     throw_shared_memory_error(concat("mapping ", identity.bytes, " bytes"), errno);
+  data_ = static_cast<char*>(data);
 }
 
 SharedSegment::~SharedSegment() {
@@ -167,16 +172,6 @@ void SharedSegment::map_pages() {
   (void)madvise(data_, static_cast<std::size_t>(whole_pages(identity_.bytes)), kPopulate);
 }
 
-// Kernels from 6.1 do this whatever /sys/kernel/mm/transparent_hugepage says, on memory that has a
-// page of each; a page of the rest is taken later. Where they refuse, or no huge page is left,
-// there are small ones.
-void SharedSegment::take_huge_pages() {
-  const std::int64_t end = whole_pages(identity_.bytes) / kHugePageBytes * kHugePageBytes;
-  for (std::int64_t begin = 0; begin < end; begin += kHugePageBytes)
-    if (fallocate(descriptor_.number(), 0, begin, page_bytes()) != 0) return;
-  if (end > 0) (void)madvise(data_, static_cast<std::size_t>(end), kCollapse);
-}
-
 std::shared_ptr<SharedSegment> SharedSegment::create(std::int64_t bytes) {
   if (bytes < 1 || bytes > std::numeric_limits<std::int64_t>::max() - page_bytes())
     throw SharedMemoryError(concat("SharedSegment: bytes must be 1 or more, got ", bytes));
@@ -190,8 +185,7 @@ std::shared_ptr<SharedSegment> SharedSegment::create(std::int64_t bytes) {
   fill_with_random(identity.random);
   // Mapped first: that costs nothing where it fails.
   const std::shared_ptr<SharedSegment> segment(new SharedSegment(std::move(descriptor), identity));
-  segment->take_huge_pages();
-  allocate(number, whole);
+  allocate(number, segment->data(), whole);
   if (fcntl(number, F_ADD_SEALS, kSeals) != 0) throw_shared_memory_error("sealing a memfd", errno);
   segment->map_pages();
   const std::lock_guard lock(mapped().mutex);

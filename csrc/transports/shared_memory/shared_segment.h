@@ -48,7 +48,6 @@ class SharedSegment {
 
  private:
   SharedSegment(Descriptor descriptor, const SegmentIdentity& identity);
-  void take_huge_pages();  ///< instead of small ones, as far as they go
   void map_pages();        ///< now, rather than at the first touch; memory that is allocated
 
   Descriptor descriptor_;

@@ -26,7 +26,8 @@ class ReductionStats(NamedTuple):
 
     Attributes:
         groups: float64 (K, 4), for Average and Sum: sum over the ranks of |g_i|^2, |mean|^2, and
-            the unbiased estimates sigma^2 and mu^2 (NaN on one rank). None for Adasum.
+            the unbiased estimates sigma^2 and mu^2 (NaN on one rank). On CPUs they may be finite
+            where a sum has overflowed; ``nonfinite`` tells. None for Adasum.
         orthogonality: float64 (L,), for Adasum: |Adasum|^2 / sum |g_i|^2, between 0 and 1. None
             for the others.
         nonfinite: int64 (L,): how many elements of each result are infinite or not a number.
