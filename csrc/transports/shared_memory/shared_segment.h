@@ -48,7 +48,7 @@ class SharedSegment {
 
  private:
   SharedSegment(Descriptor descriptor, const SegmentIdentity& identity);
-  void map_pages();        ///< now, rather than at the first touch; memory that is allocated
+  void map_pages();  ///< now, rather than at the first touch; memory that is allocated
 
   Descriptor descriptor_;
   SegmentIdentity identity_;
