@@ -69,8 +69,8 @@ struct ReduceArgs {
 inline constexpr int kSquaresPerGroup = 2;
 
 /// reduce() of a part of a fused buffer that also adds up squares, in the same pass: of all inputs,
-/// and of their sum before it is divided: on CPUs in double, on GPUs in the accumulator's type. Sums
-/// of float types only.
+/// and of their sum before it is divided: on CPUs in double, on GPUs in the accumulator's type.
+/// Sums of float types only.
 struct ReduceSquaresArgs {
   ReduceArgs reduce;
   std::int64_t begin = 0;  ///< where in the fused buffer the inputs start

@@ -340,7 +340,8 @@ def start_allreduce(
     """What all forms have in common: the handle or, where it blocks, the result.
 
     ``finish`` makes the result of the outputs. ``known`` is what ``check_tensors`` has said of
-    ``tensors`` and ``in_place``, where it has been asked. ``options`` are further ones of ``submit_named``, for statistics.
+    ``tensors`` and ``in_place``, where it has been asked. ``options`` are further ones of
+    ``submit_named``, for statistics.
     """
     try:  # rejected_on_all_ranks, which would cost a tenth of all that happens here
         chosen_op = choose_op(function, average, op)
