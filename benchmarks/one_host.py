@@ -5,11 +5,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from adareduce.bench.ranks import Ranks
+from adareduce.torch import HorovodInternalError
 
 # Variables that the libraries read, and those of them that say where this project is and how it is
 # tested.
@@ -41,16 +43,20 @@ def run_on_all(ranks: Ranks, body: Callable[[], None], file: str) -> int:
         body: What the job does.
         file: The script's, for messages.
     """
-
-    def checked() -> int:
+    # Ranks.run() does as much, but jobs also run with versions that have none (version_job.py).
+    try:
         if len(set(ranks.hosts)) > 1:
             name = Path(file).name
             raise ValueError(f"{name}: all ranks must be on one host, got {set(ranks.hosts)}")
         body()
-        faulthandler.cancel_dump_traceback_later()
-        return 0
-
-    return ranks.run(checked)
+    except HorovodInternalError:
+        raise  # on every rank
+    except Exception:
+        traceback.print_exc()
+        ranks.abort()
+        return 1
+    faulthandler.cancel_dump_traceback_later()
+    return 0
 
 
 class StartLine:
