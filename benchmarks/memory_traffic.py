@@ -4,12 +4,14 @@
     mpirun -n 2 python benchmarks/memory_traffic.py --cases 1M 256M
 
 All ranks work at the same time, in turns with the calls that they are a limit for, on one tensor or
-on ResNet-50's gradients, which each has just read: they lie in its cache if they fit. "scale in
-place" reads and writes a rank's tensors once; "read" reads them once, and "read again" once more,
-block by block, when a block has just been read and lies in a cache.
+on ResNet-50's gradients, which each has just read: they lie in its cache if they fit. A turn moves
+16 MiB at least: a work on a smaller tensor is done several times in a row, and its time is the
+mean. "scale in place" reads and writes a rank's tensors once; "read" reads them once, and "read
+again" once more, block by block, when a block has just been read and lies in a cache.
 
-"pack", "combine" and "unpack" are what a sum of ordinary tensors moves at least, by torch's copy_
-and add_, in blocks that fit a cache, and without the time in which ranks wait for each other. With
+"pack", "combine" and "unpack" are what a sum of ordinary tensors moves at least, by NumPy's copyto
+and add, which take less time to start than torch's functions, in blocks that fit a cache, and
+without the time in which ranks wait for each other. With
 N bytes on each of P ranks, each copies N (P - 1) / P into memory that all map, adds up its share of
 everybody's, writes N / P of results into its tensors and into that memory, and copies the others'
 results out of it. Every line of that memory moves from the core that wrote it to those that read
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -43,6 +46,7 @@ from adareduce.bench.ranks import Ranks
 from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
 
 _BLOCK_BYTES = 256 << 10  # of a rank's share
+_TURN_BYTES = 16 << 20  # a smaller tensor is moved several times in a row
 _LAYER_BYTES = 4 << 20  # what is read again; most of ResNet-50's bytes are in layers of 4 to 9 MB
 _WARMUPS = 3
 _LEAST_BYTES = 128 << 10
@@ -64,7 +68,7 @@ class Moves:
         share = min(_BLOCK_BYTES // 4, flat.numel() // ranks.size)  # elements of a block
         num_blocks = flat.numel() // (ranks.size * share)
         covered = num_blocks * ranks.size * share
-        self._blocks = flat[:covered].view(num_blocks, ranks.size, share)
+        blocks = flat[:covered].view(num_blocks, ranks.size, share).numpy()
         self._scale = flat.numel() / covered
         # A file of memory, whose name is gone as soon as all ranks have mapped it.
         with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
@@ -76,22 +80,25 @@ class Moves:
             memory = torch.from_file(name, shared=True, size=numel, dtype=torch.float32)
             ranks.align()
         # Of each rank what it has of each rank's share; in its own place its results.
-        self._slots = memory.view(ranks.size, ranks.size, share)
+        slots = memory.view(ranks.size, ranks.size, share).numpy()
+        me = ranks.rank
+        mine, others = slots[me], [rank for rank in range(ranks.size) if rank != me]
+        self._works = [
+            {
+                "pack": [partial(np.copyto, mine[r], block[r]) for r in others],
+                "combine": [
+                    *(partial(np.add, block[me], slots[r, me], block[me]) for r in others),
+                    partial(np.copyto, mine[me], block[me]),
+                ],
+                "unpack": [partial(np.copyto, block[r], slots[r, r]) for r in others],
+            }
+            for block in blocks
+        ]
 
     def seconds(self) -> dict[str, float]:
         """Of all blocks, on this rank. Collective."""
-        me = self._ranks.rank
-        mine, others = self._slots[me], [r for r in range(self._ranks.size) if r != me]
         found = dict.fromkeys(_MOVES, 0.0)
-        for block in self._blocks:
-            moves = {
-                "pack": [partial(mine[r].copy_, block[r]) for r in others],
-                "combine": [
-                    *(partial(block[me].add_, self._slots[r, me]) for r in others),
-                    partial(mine[me].copy_, block[me]),
-                ],
-                "unpack": [partial(block[r].copy_, self._slots[r, r]) for r in others],
-            }
+        for moves in self._works:
             for name, works in moves.items():
                 self._ranks.align()
                 begin = time.perf_counter()
@@ -116,11 +123,12 @@ def slowest(ranks: Ranks, mine: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([theirs[name] for theirs in everybody]).amax(dim=0) for name in mine}
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call."""
+def timed(run: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of a call, the mean of so many in a row."""
     begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,7 @@ def measure(ranks: Ranks, case: str, repeats: int) -> dict[str, Any]:
     """One case; its row. Collective."""
     memory = Memory.of(make_numels(case))
     num_bytes = 4 * sum(memory.numels)
+    in_a_row = max(1, _TURN_BYTES // num_bytes)
     works = calls(memory, ranks.comm)
     moves = Moves(ranks, memory.flat)
     found: dict[str, list[float]] = {name: [] for name in (*works, *_MOVES, "read again")}
@@ -221,12 +230,13 @@ def measure(ranks: Ranks, case: str, repeats: int) -> dict[str, Any]:
     for repeat in range(-_WARMUPS, repeats):
         round_trip = ranks.core_round_trip_ns()
         memory.look_at(_MOVES[0])
-        once = moves.seconds()
+        several = [moves.seconds() for _ in range(in_a_row)]
+        once = {name: statistics.fmean(found[name] for found in several) for name in _MOVES}
         memory.flat.fill_(1.0)  # sums of sums would overflow
         for name, run in works.items():
             memory.look_at(name)
             ranks.align()
-            once[name] = timed(run)
+            once[name] = timed(run, in_a_row)
         ranks.align()
         once["read again"] = read_again(memory.flat)
         if repeat >= 0:
@@ -252,6 +262,8 @@ def measure(ranks: Ranks, case: str, repeats: int) -> dict[str, Any]:
         "core_round_trip_ns": _median(round_trips),
         "settings": {
             "repeats": repeats,
+            "calls_in_a_row": in_a_row,
+            "moves": f"NumPy {np.__version__}",
             "block_bytes": _BLOCK_BYTES,
             "layer_bytes": _LAYER_BYTES,
         },

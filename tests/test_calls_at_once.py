@@ -79,13 +79,24 @@ def test_a_request_under_way_keeps_its_workspace() -> None:
     run_ranks(size, body, SHARED)
 
 
-def test_a_disagreement_raises_on_all_ranks_and_harms_nothing() -> None:
+@pytest.mark.parametrize("numel", [4, 70_000])
+def test_a_disagreement_raises_on_all_ranks_and_harms_nothing(numel: int) -> None:
     def body(rank: ThreadRank) -> float:
         with pytest.raises(_core.DisagreementError, match="shape"):
-            at_once(rank, np.ones(4 + rank.rank % 2, np.float32))
-        return float(at_once(rank, np.ones(4, np.float32))[0])
+            at_once(rank, np.ones(numel + rank.rank % 2, np.float32))
+        return float(at_once(rank, np.ones(numel, np.float32))[0])
 
     assert run_ranks(3, body, SHARED) == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("numel", [4, 70_000])
+def test_what_has_ended_well_has_no_handle(numel: int) -> None:
+    def body(rank: ThreadRank) -> None:
+        array = np.ones(numel, np.float32)
+        address = array.ctypes.data
+        assert rank.engine.allreduce_at_once(0, OPS["sum"], (numel,), 7, address, address) is None
+
+    run_ranks(1, body, SHARED)
 
 
 def test_others_may_use_the_queue() -> None:

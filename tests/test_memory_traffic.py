@@ -35,6 +35,7 @@ def test_limits_are_made_of_works_that_were_measured(tmp_path: Path, ranks: int)
         ("1M", 1 << 20),
         ("resnet50", 4 * 25_557_032),
     ]
+    assert [row["settings"]["calls_in_a_row"] for row in rows] == [16, 1]
     names = {"sum, ordinary", "Adasum, ordinary", "sum, shared", "Adasum, shared"}
     works = names | {"scale in place", "read", "pack", "combine", "unpack", "sum by MPI"}
     works |= {"read again"}

@@ -200,7 +200,12 @@ std::shared_ptr<Handle> Engine::run_at_once(int process_set, const Request& requ
   const auto set = find(process_set);
   check(request, set->size());
   auto handle = set->run_at_once(request);
-  if (handle != nullptr && !handle->is_finished()) wakeup_.wake();
+  if (handle == nullptr) return nullptr;
+  if (handle->is_finished()) {
+    handle->rethrow();
+    return nullptr;
+  }
+  wakeup_.wake();
   return handle;
 }
 

@@ -42,7 +42,7 @@ class Engine {
   std::shared_ptr<Handle> submit(int process_set, Request request, bool drives = false);
 
   /// submit() with `drives` of an all-reduce without statistics, made for small ones. Null: it has
-  /// ended well.
+  /// ended well. Throws the request's error, too, where it has ended with one.
   std::shared_ptr<Handle> run_at_once(int process_set, const Request& request);
 
   /// How the ranks of a set share memory, and how data go through it; or why they do not.
