@@ -4,22 +4,23 @@
     mpirun -n 2 python benchmarks/memory_traffic.py --cases 1M 256M
 
 All ranks work at the same time, in turns with the calls that they are a limit for, on one tensor or
-on ResNet-50's gradients, which each has just read: they lie in its cache if they fit. A turn moves
+on ResNet-50's gradients, which each has just read or written: they lie in its cache if they fit.
+Three turns come before any is measured, and 30 of each of our calls before those. A turn moves
 16 MiB at least: a work on a smaller tensor is done several times in a row, and its time is the
 mean. "scale in place" reads and writes a rank's tensors once; "read" reads them once, and "read
 again" once more, block by block, when a block has just been read and lies in a cache.
 
 "pack", "combine" and "unpack" are what a sum of ordinary tensors moves at least, by NumPy's copyto
 and add, which take less time to start than torch's functions, in blocks that fit a cache, and
-without the time in which ranks wait for each other. With
-N bytes on each of P ranks, each copies N (P - 1) / P into memory that all map, adds up its share of
-everybody's, writes N / P of results into its tensors and into that memory, and copies the others'
-results out of it. Every line of that memory moves from the core that wrote it to those that read
-it. Tensors in shared memory are read and written where they are. Adasum moves what a sum moves, and
-reads everything again, because its coefficients are known only when all of a tensor has been read.
-So its limit is the time of scaling in place and of reading again; of ordinary tensors, of our own
-sum and of reading again. Of one tensor that no cache holds that is less than it can take. "sum by
-MPI" is what Allreduce of mpi4py takes for as many bytes.
+without the time in which ranks wait for each other. With N bytes on each of P ranks, each copies
+N (P - 1) / P into memory that all map, adds up its share of everybody's, writes N / P of results
+into its tensors and into that memory, and copies the others' results out of it. Every line of that
+memory moves from the core that wrote it to those that read it. Tensors in shared memory are read
+and written where they are. Adasum moves what a sum moves, and reads everything again, because its
+coefficients are known only when all of a tensor has been read. So its limit is the time of scaling
+in place and of reading again; of ordinary tensors, of our own sum and of reading again. Of one
+tensor that no cache holds that is less than it can take. "sum by MPI" is what Allreduce of mpi4py
+takes for as many bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from adareduce.bench.timing import LEAST_REPEATS, ratio_of_medians, summarise
 _BLOCK_BYTES = 256 << 10  # of a rank's share
 _TURN_BYTES = 16 << 20  # a smaller tensor is moved several times in a row
 _LAYER_BYTES = 4 << 20  # what is read again; most of ResNet-50's bytes are in layers of 4 to 9 MB
-_WARMUPS = 3
+_WARMUPS = 3  # turns
+_WARMUP_CALLS = 30  # of each of ours, which learns from them how to go through memory
 _LEAST_BYTES = 128 << 10
 _MOVES = ("pack", "combine", "unpack")
 # The works whose times add up to a limit.
@@ -65,8 +67,8 @@ class Moves:
 
     def __init__(self, ranks: Ranks, flat: torch.Tensor) -> None:
         self._ranks = ranks
-        share = min(_BLOCK_BYTES // 4, flat.numel() // ranks.size)  # elements of a block
-        num_blocks = flat.numel() // (ranks.size * share)
+        num_blocks = -(-flat.numel() // (ranks.size * _BLOCK_BYTES // 4))
+        share = flat.numel() // (ranks.size * num_blocks)  # elements of a block
         covered = num_blocks * ranks.size * share
         blocks = flat[:covered].view(num_blocks, ranks.size, share).numpy()
         self._scale = flat.numel() / covered
@@ -221,24 +223,27 @@ def measure(ranks: Ranks, case: str, repeats: int) -> dict[str, Any]:
     """One case; its row. Collective."""
     memory = Memory.of(make_numels(case))
     num_bytes = 4 * sum(memory.numels)
-    in_a_row = max(1, _TURN_BYTES // num_bytes)
+    in_a_row = -(-_TURN_BYTES // num_bytes)
     works = calls(memory, ranks.comm)
     moves = Moves(ranks, memory.flat)
     found: dict[str, list[float]] = {name: [] for name in (*works, *_MOVES, "read again")}
     round_trips = []
     requests = dict(hvd.shared_memory_choices().requests)
+    for name in _LIMITS:
+        for _ in range(_WARMUP_CALLS):
+            works[name]()
     for repeat in range(-_WARMUPS, repeats):
         round_trip = ranks.core_round_trip_ns()
-        memory.look_at(_MOVES[0])
+        memory.flat.zero_()  # sums of sums of anything else would overflow
         several = [moves.seconds() for _ in range(in_a_row)]
-        once = {name: statistics.fmean(found[name] for found in several) for name in _MOVES}
-        memory.flat.fill_(1.0)  # sums of sums would overflow
+        once = {name: statistics.fmean(one[name] for one in several) for name in _MOVES}
+        memory.flat.fill_(1.0)
         for name, run in works.items():
             memory.look_at(name)
             ranks.align()
             once[name] = timed(run, in_a_row)
         ranks.align()
-        once["read again"] = read_again(memory.flat)
+        once["read again"] = statistics.fmean(read_again(memory.flat) for _ in range(in_a_row))
         if repeat >= 0:
             round_trips.append(round_trip)
             for name, seconds in once.items():

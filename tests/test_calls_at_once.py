@@ -91,12 +91,18 @@ def test_a_disagreement_raises_on_all_ranks_and_harms_nothing(numel: int) -> Non
 
 @pytest.mark.parametrize("numel", [4, 70_000])
 def test_what_has_ended_well_has_no_handle(numel: int) -> None:
-    def body(rank: ThreadRank) -> None:
-        array = np.ones(numel, np.float32)
+    def body(rank: ThreadRank) -> int:
+        array = np.zeros(numel, np.float32)
         address = array.ctypes.data
-        assert rank.engine.allreduce_at_once(0, OPS["sum"], (numel,), 7, address, address) is None
+        with_handle = 0
+        for _ in range(100):
+            handle = rank.engine.allreduce_at_once(0, OPS["sum"], (numel,), 7, address, address)
+            if handle is not None:  # another thread drives, or a rank is late
+                with_handle += 1
+                rank.wait_for(handle)
+        return with_handle
 
-    run_ranks(1, body, SHARED)
+    assert min(run_ranks(2, body, SHARED)) < 100
 
 
 def test_others_may_use_the_queue() -> None:

@@ -65,7 +65,8 @@ std::shared_ptr<Handle> submit(EngineHolder& self, int process_set, int collecti
   return self.get().submit(process_set, std::move(request), true);
 }
 
-// An all-reduce of one contiguous tensor without a name, factors or statistics. None: it has ended.
+// An all-reduce of one contiguous tensor without a name, factors or statistics. None: it has ended
+// well; one that has ended with an error throws it.
 std::shared_ptr<Handle> allreduce_at_once(EngineHolder& self, int process_set, int op,
                                           const py::tuple& shape, int dtype, std::uintptr_t input,
                                           std::uintptr_t output) {
